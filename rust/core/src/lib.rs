@@ -1,0 +1,1 @@
+//! The engine: row statistics of E Wᵀ, streamed.
