@@ -15,7 +15,10 @@
 pub(crate) mod isa;
 pub(crate) mod pack;
 pub(crate) mod portable;
+pub(crate) mod tile;
 pub(crate) mod vector;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;
 
 use crate::element::{Element, Real};
 pub(crate) use isa::{Isa, Vectorize};
