@@ -1,0 +1,250 @@
+"""The compiled engines. Private: signatures may change between releases.
+
+A tensor crosses the boundary as ``(address, dtype, shape, strides)`` with strides counted in
+elements and dtype one of 0 float32, 1 float64, 2 bfloat16, 3 float16, 4 int64, 5 uint8. The caller
+keeps the array alive for the duration of the call and guarantees that shape and strides stay
+inside it. ``acc`` below is the accumulation dtype: float64 for float64 inputs, else float32.
+Every call releases the GIL.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar, TypeAlias, final
+
+_Tensor: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
+__version__: str
+
+@final
+class Spec:
+    """The set of statistics of a call: immutable, hashable, picklable.
+
+    Parameters
+    ----------
+    statistics
+        Registry names, in any order: ``rest``, ``target``, ``entropy``, ``sum``, ``sum_sq``,
+        ``variance``, ``max``, ``rest_power``, ``weighted_sum``, ``weighted_rest``, ``dot``,
+        ``topk``.
+    powers
+        Exponents of ``rest_power``.
+    vectors
+        Number of class vectors of ``weighted_sum`` and ``weighted_rest``.
+    topk
+        How many largest logits ``topk`` keeps.
+    targets
+        Target ids per row; 0 where no target is given.
+
+    Raises
+    ------
+    ValueError
+        An unknown statistic, or a parameter that does not fit the statistics.
+    """
+
+    def __new__(
+        cls,
+        statistics: Sequence[str],
+        *,
+        powers: Sequence[float] = (),
+        vectors: int = 0,
+        topk: int = 0,
+        targets: int = 0,
+    ) -> Spec: ...
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Names of the statistics, in registry order."""
+    @property
+    def powers(self) -> tuple[float, ...]:
+        """Exponents of ``rest_power``."""
+    @property
+    def vectors(self) -> int:
+        """Number of class vectors."""
+    @property
+    def topk(self) -> int:
+        """How many largest logits ``topk`` keeps."""
+    @property
+    def targets(self) -> int:
+        """Target ids per row."""
+    @property
+    def fields(self) -> tuple[tuple[str, int, bool], ...]:
+        """``(name, columns, is_integer)`` of every output, in registry order.
+
+        ``columns`` is 0 for an output of shape (N,) and c for one of shape (N, c).
+        """
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Plan:
+    """Bytes and tile sizes of one forward and backward: made by `plan`, picklable."""
+
+    @property
+    def forward_bytes(self) -> int:
+        """Scratch of a forward, allocated by the engine and freed before it returns."""
+    @property
+    def backward_bytes(self) -> int:
+        """Scratch of a backward, allocated by the engine and freed before it returns."""
+    @property
+    def store_bytes(self) -> int:
+        """Logit tiles kept from the forward to the backward, in the caller's memory."""
+    @property
+    def threads_bytes(self) -> int:
+        """Share of the scratch that each thread adds."""
+    @property
+    def workspace_bytes(self) -> int:
+        """Everything held at once at the worst moment."""
+    @property
+    def parts(self) -> dict[str, int]:
+        """Named shares of the bytes above."""
+    def __eq__(self, other: object) -> bool: ...
+    __hash__: ClassVar[None]  # type: ignore[assignment]
+
+def plan(
+    spec: Spec,
+    rows: int,
+    features: int,
+    classes: int,
+    dtype: int,
+    memory: int,
+    gradients: int,
+    contiguous: bool = True,
+) -> Plan:
+    """Size the scratch and the store of a call. A pure function of its arguments.
+
+    Parameters
+    ----------
+    spec
+        The statistics.
+    rows, features, classes
+        N, D and V.
+    dtype
+        Code of the inputs' dtype.
+    memory
+        -1 lean, -2 fast, or the number of bytes that may be kept for the backward.
+    gradients
+        Bit mask: 1 input, 2 weight, 4 bias, 8 logit_scale, 16 dense; 0 for a forward only.
+    contiguous
+        False if the features of input or weight are not adjacent in memory.
+    """
+
+def forward(
+    spec: Spec,
+    input: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    ids: _Tensor | None,
+    ignore_index: int | None,
+    logit_scale: float,
+    softcap: float,
+    vectors: _Tensor | None,
+    dense: _Tensor | None,
+    outputs: tuple[_Tensor, ...],
+    store: _Tensor | None,
+    plan: Plan,
+    threads: int,
+) -> None:
+    """Compute the statistics of `spec` for every row and write them to `outputs`.
+
+    Parameters
+    ----------
+    spec
+        The statistics.
+    input
+        (outer, inner, D), any strides; row i is (i // inner, i % inner).
+    weight
+        (V, D), any strides, dtype of `input`.
+    bias
+        (V,), any stride, dtype of `input`; or None.
+    ids
+        (N, K) int64, contiguous; or None.
+    ignore_index
+        An id equal to it is padding. A row of padding only is skipped: its outputs are 0, integer
+        ones -1.
+    logit_scale, softcap
+        The logit maps; a softcap of 0 means none.
+    vectors
+        (C, V) class vectors, acc dtype; or None.
+    dense
+        (N, V) weights of ``dot``, any float dtype and strides; or None.
+    outputs
+        One contiguous tensor for each of ``spec.fields``: acc dtype, or int64.
+    store
+        ``plan.store_bytes`` bytes (uint8), to be handed to `backward`; or None.
+    plan
+        The plan of this call.
+    threads
+        0 for the default.
+
+    Raises
+    ------
+    IndexError
+        A target id outside [0, V) that is not `ignore_index`; names the first such row.
+    MemoryError
+        The scratch could not be allocated.
+    ValueError, TypeError
+        Shapes or dtypes that do not fit together.
+    """
+
+def backward(
+    spec: Spec,
+    input: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    ids: _Tensor | None,
+    ignore_index: int | None,
+    logit_scale: float,
+    softcap: float,
+    vectors: _Tensor | None,
+    dense: _Tensor | None,
+    saved: tuple[_Tensor, ...],
+    cotangents: tuple[_Tensor | None, ...],
+    store: _Tensor | None,
+    d_input: _Tensor | None,
+    d_weight: _Tensor | None,
+    d_bias: _Tensor | None,
+    d_scale: _Tensor | None,
+    d_dense: _Tensor | None,
+    accumulate_input: bool,
+    plan: Plan,
+    threads: int,
+) -> None:
+    """Turn cotangents of the statistics into gradients of the wanted arguments.
+
+    The first ten arguments are those of `forward`.
+
+    Parameters
+    ----------
+    saved
+        The outputs of the forward.
+    cotangents
+        One tensor for each output, contiguous, acc dtype; None stands for zero.
+    store
+        What the forward stored, or None. It is read only, so a graph can be run twice.
+    d_input
+        (outer, inner, D), any strides, dtype of `input` or acc. Skipped rows are written 0.
+    d_weight
+        (V, D), any strides, dtype of `weight` or acc.
+    d_bias
+        (V,), dtype of `bias` or acc.
+    d_scale
+        (1,), acc dtype.
+    d_dense
+        (N, V), dtype of `dense`.
+    accumulate_input
+        Add to `d_input` instead of overwriting it; needs the acc dtype.
+    plan, threads
+        As for `forward`. A gradient that is None is not wanted and costs nothing.
+    """
+
+def last_workspace_bytes() -> int:
+    """Scratch that the last engine call really allocated, in bytes."""
+
+def cpu_levels() -> list[str]:
+    """Instruction levels that this machine can run, slowest first."""
+
+def cpu_level() -> str:
+    """Name the level in use: the fastest, or the one that ``LOGITLESS_CPU`` forces."""
+
+def set_num_threads(threads: int) -> None:
+    """Set how many threads an engine call uses by default."""
+
+def get_num_threads() -> int:
+    """Tell how many threads an engine call uses by default."""
