@@ -1,0 +1,146 @@
+"""``logitless memory``: bytes by part for one shape, and the batch that a budget allows."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from logitless.cli import footprint
+from logitless.cli._console import ACCENT, QUIET, bytes_text, console, need, parse_bytes
+from logitless.cli.footprint import METHODS, Footprint, Head
+
+TITLES = {
+    "eager": "eager",
+    "chunked": "chunked torch",
+    "lean": "logitless",
+    "fast": 'logitless\nmemory="fast"',
+}
+
+
+class Dtype(str, Enum):
+    """Short names of the dtypes."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp64 = "fp64"
+
+
+class Device(str, Enum):
+    """Where the head lives."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def memory(
+    tokens: Annotated[int, typer.Option(min=1, help="Rows N: tokens of a batch.")] = 8192,
+    hidden: Annotated[int, typer.Option(min=1, help="Features D of a hidden state.")] = 4096,
+    vocab: Annotated[int, typer.Option(min=1, help="Classes V.")] = 128256,
+    dtype: Annotated[Dtype, typer.Option(help="Of input and weight.")] = Dtype.bf16,
+    device: Annotated[Device, typer.Option(help="Where the head lives.")] = Device.cpu,
+    budget: Annotated[str, typer.Option(help="Memory for the head, as in 24GiB.")] = "24GiB",
+    plot: Annotated[Path | None, typer.Option(help="Also draw it to this file.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show what a cross entropy holds, part by part: logitless, eager torch, chunked torch."""
+    head = Head(tokens, hidden, vocab, dtype.value, device.value)
+    limit = parse_bytes(budget)
+    found = {name: method(head) for name, method in METHODS.items()}
+    batches = {name: footprint.largest_rows(name, head, limit) for name in METHODS}
+    if as_json:
+        typer.echo(json.dumps(record(head, found, batches, limit), indent=2))
+    else:
+        console.print(parts_table(head, found))
+        console.print(summary_table(head, found, batches, limit))
+    if plot is not None:
+        need("memory --plot", "cli", "matplotlib")
+        from logitless.cli._memory_figure import draw
+
+        draw(head, found, limit, plot)
+        console.print(f"wrote {plot}", style=QUIET)
+
+
+def record(
+    head: Head, found: dict[str, Footprint], batches: dict[str, int], budget: int
+) -> dict[str, Any]:
+    """The JSON form: sizes, every moment of every method, peaks and largest batches."""
+    return {
+        "tokens": head.rows,
+        "hidden": head.features,
+        "vocab": head.classes,
+        "dtype": head.dtype,
+        "device": head.device,
+        "input_bytes": head.inputs,
+        "budget_bytes": budget,
+        "methods": {
+            name: {
+                "peak_bytes": print_.peak,
+                "moments": print_.moments,
+                "largest_tokens": batches[name],
+            }
+            for name, print_ in found.items()
+        },
+    }
+
+
+def parts_table(head: Head, found: dict[str, Footprint]) -> Table:
+    """What is alive at the worst moment of each method, largest parts first."""
+    table = Table(
+        title=f"{head.rows} tokens, hidden {head.features}, vocabulary {head.classes}, {head.dtype}"
+        f" on {head.device}: bytes at the worst moment, beyond the inputs",
+        title_justify="left",
+        title_style="bold",
+    )
+    table.add_column("part")
+    for name in found:
+        table.add_column(TITLES[name], justify="right", style=style(name))
+    sizes: dict[str, int] = {}
+    for print_ in found.values():
+        for part, size in print_.worst.items():
+            sizes[part] = max(size, sizes.get(part, 0))
+    for part in sorted(sizes, key=lambda part: -sizes[part]):
+        cells = (print_.worst.get(part, 0) for print_ in found.values())
+        if sizes[part]:
+            table.add_row(part, *(bytes_text(size) if size else "" for size in cells))
+    table.add_section()
+    table.add_row("peak", *(bytes_text(print_.peak) for print_ in found.values()), style="bold")
+    return table
+
+
+def summary_table(
+    head: Head, found: dict[str, Footprint], batches: dict[str, int], budget: int
+) -> Table:
+    """Peak as a share of eager's, with and without the gradients, and the largest batch."""
+    table = Table(title_justify="left", title_style="bold")
+    table.add_column(f"inputs {bytes_text(head.inputs)}")
+    for name in found:
+        table.add_column(TITLES[name], justify="right", style=style(name))
+    base = found["eager"].peak
+    gradients = sum(head.gradients.values())
+    table.add_row("peak / eager's", *(share(item.peak / base) for item in found.values()))
+    table.add_row(
+        "beyond the gradients / eager's peak",
+        *(share(max(0, item.peak - gradients) / base) for item in found.values()),
+    )
+    table.add_row(
+        f"largest batch in {bytes_text(budget)}",
+        *(f"{batches[name]:,} tokens" for name in found),
+        style="bold",
+    )
+    return table
+
+
+def share(value: float) -> str:
+    """A share in per cent, with a digit after the point below ten."""
+    return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
+
+
+def style(name: str) -> str:
+    """Ours stand out."""
+    return ACCENT if name in ("lean", "fast") else ""
