@@ -1,0 +1,55 @@
+// maps.cuh - from a product E W^T to the logit z, and the derivative on the way back.
+//
+//   Scaled   z = scale * acc                                          the factor folds into the exponential's multiplier
+//   Capped   z = softcap * tanh((scale * acc + bias) / softcap)       either part may be absent at run time
+//
+// apply() turns accumulators into z / factor() in place; slope() is dz/dx.
+#pragma once
+#include "logitless/epilogue/band.cuh"
+
+namespace logitless {
+
+struct Scaled {
+  static constexpr bool kCapped = false;
+  static __device__ __forceinline__ float factor(const GemmParams& p) { return p.scale; }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void apply(float (&)[kColumns / 2], const Band&) {}
+
+  static __device__ __forceinline__ float slope(float, float) { return 1.f; }
+};
+
+struct Capped {
+  static constexpr bool kCapped = true;
+  static __device__ __forceinline__ float factor(const GemmParams&) { return 1.f; }
+
+  template <int kColumns>
+  static __device__ __forceinline__ void apply(float (&acc)[kColumns / 2], const Band& band) {
+    const GemmParams& p = band.p;
+    const int column = band.my_column();
+#pragma unroll
+    for (int j = 0; j < kColumns / 8; j++) {
+      float b[2] = {0.f, 0.f};
+      if (p.bias) {
+#pragma unroll
+        for (int k = 0; k < 2; k++)
+          if (column + 8 * j + k < p.n) b[k] = __ldg(p.bias + column + 8 * j + k);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) acc[4 * j + k] = fmaf(p.scale, acc[4 * j + k], b[k & 1]);
+    }
+    if (p.softcap != 0.f) {
+      const float inverse = 1.f / p.softcap;
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; i++) acc[i] = p.softcap * ptx::tanh(acc[i] * inverse);
+    }
+  }
+
+  // 1 - (z / softcap)^2; inverse = 1 / softcap, or 0 without one.
+  static __device__ __forceinline__ float slope(float z, float inverse) {
+    const float u = z * inverse;
+    return fmaf(-u, u, 1.f);
+  }
+};
+
+}  // namespace logitless

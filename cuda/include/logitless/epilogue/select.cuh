@@ -1,0 +1,56 @@
+// select.cuh - the operations of the tensor-core family by name (OP_*, given by the build): epilogue and operand majors.
+//
+//   operation      A, B            D      epilogue
+//   rest           E, W            -      sums of exponentials against the target's logit
+//   rest_entropy   E, W            -      + their first moment
+//   online         E, W            -      maximum, sum, moment a class block; no reference (repairs, rows without a target)
+//   statistics     E, W            -      + sum, squares, maximum and its class
+//   store_exp      E, W            half   `rest`, and the exponentials
+//   gradient_ce    E, W            half   G from a, e
+//   gradient       E, W            half   G from a, b, c, d, e
+//   logits         E, W            float  z
+//   dw, dw_f32     G^T, E^T        half, float
+//   de, de_f32     G, W^T          half, float
+#pragma once
+#include "logitless/epilogue/gradient.cuh"
+#include "logitless/epilogue/online.cuh"
+#include "logitless/epilogue/rest.cuh"
+#include "logitless/epilogue/store.cuh"
+
+namespace logitless {
+
+template <int kOp, class Map, int kPanels>
+struct Operation;
+
+template <class E, int kA, int kB>
+struct OperationOf {
+  using Epilogue = E;
+  static constexpr int kMajorA = kA, kMajorB = kB;
+};
+
+template <class Map, int kPanels>
+struct Operation<OP_REST, Map, kPanels> : OperationOf<RestEpilogue<Map, false, false, 0>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_REST_ENTROPY, Map, kPanels> : OperationOf<RestEpilogue<Map, true, false, 0>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_ONLINE, Map, kPanels> : OperationOf<OnlineEpilogue<Map, false>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_STATISTICS, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_STORE_EXP, Map, kPanels> : OperationOf<RestEpilogue<Map, false, true, kPanels>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_GRADIENT_CE, Map, kPanels> : OperationOf<GradientEpilogue<Map, false, kPanels>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_GRADIENT, Map, kPanels> : OperationOf<GradientEpilogue<Map, true, kPanels>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_LOGITS, Map, kPanels> : OperationOf<FloatStoreEpilogue<Map, true, kPanels>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_DW, Map, kPanels> : OperationOf<HalfStoreEpilogue<false, kPanels>, 1, 1> {};
+template <class Map, int kPanels>
+struct Operation<OP_DW_F32, Map, kPanels> : OperationOf<FloatStoreEpilogue<Map, false, kPanels>, 1, 1> {};
+template <class Map, int kPanels>
+struct Operation<OP_DE, Map, kPanels> : OperationOf<HalfStoreEpilogue<true, kPanels>, 0, 1> {};
+template <class Map, int kPanels>
+struct Operation<OP_DE_F32, Map, kPanels> : OperationOf<FloatStoreEpilogue<Map, false, kPanels>, 0, 1> {};
+
+}  // namespace logitless
