@@ -100,6 +100,7 @@ struct Sm90Gemm {
     for (int t = ptx::cluster_index(); t < total; t += ptx::cluster_count()) {
       const Tile tile = tiles(t);
       const int m = (tile.row_block * kCluster + rank) * kTileM, n = tile.column_block * kTileN;
+#pragma unroll 1  // 24 registers: nothing of a second iteration may be alive
       for (int kb = 0; kb < k_blocks; kb++) {
         ptx::mbarrier_wait(empty + 8 * at.stage, at.lap ^ 1);
         ptx::mbarrier_expect(full + 8 * at.stage, kStageBytes);  // out-of-range boxes count in full
@@ -128,6 +129,7 @@ struct Sm90Gemm {
         for (int i = 0; i < kTileN / 2; i++) acc[f][i] = 0.f;
     }
     int previous = 0;
+#pragma unroll 1
     for (int kb = 0; kb < k_blocks; kb++) {
       ptx::mbarrier_wait(full + 8 * at.stage, at.lap);
       const u32 stage = shared + at.stage * kStageBytes;
