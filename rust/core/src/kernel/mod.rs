@@ -12,9 +12,17 @@
 //! A [`Kernel`] is one element type on one instruction set. It says how operands are laid out,
 //! packs them, and multiplies. Everything else (blocking, threads, statistics) is the engine's.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod bf16;
 pub(crate) mod isa;
 pub(crate) mod pack;
+#[cfg(target_arch = "x86_64")]
+mod pack_bf16;
 pub(crate) mod portable;
+#[cfg(test)]
+mod tests;
 pub(crate) mod tile;
 pub(crate) mod vector;
 #[cfg(target_arch = "x86_64")]
