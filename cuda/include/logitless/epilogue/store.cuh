@@ -18,7 +18,7 @@ struct HalfStoreEpilogue {
     const float alpha = p.alpha ? __ldg(p.alpha) : 1.f;
     const int column = band.my_column();
     float a[2], g[2] = {0.f, 0.f};
-    const u32* w[2] = {nullptr, nullptr};
+    i64 w[2] = {-1, -1};  // element of onehot_w under acc[0]
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       a[half] = p.coef ? alpha * band.coefficient(0, half) : alpha;
@@ -26,7 +26,7 @@ struct HalfStoreEpilogue {
         const int y = __ldg(p.target + band.my_row(half));
         if (y >= 0) {
           g[half] = __ldg(p.onehot_g + band.my_row(half));
-          w[half] = static_cast<const u32*>(p.onehot_w) + (y * p.onehot_ld + column) / 2;
+          w[half] = y * p.onehot_ld + column;
         }
       }
     }
@@ -41,10 +41,10 @@ struct HalfStoreEpilogue {
           const int at = 32 * panel + 8 * q + i, half = half_of(at), offset = offset_of(at);
           v[i] = acc[at] * a[half];
           v[i + 1] = acc[at + 1] * a[half];
-          if (kOneHot && w[half] && column + offset < p.n) {
-            const u32 x = __ldg(w[half] + offset / 2);
-            v[i] = fmaf(g[half], Half::low(x), v[i]);
-            v[i + 1] = fmaf(g[half], Half::high(x), v[i + 1]);
+          if (kOneHot && w[half] >= 0 && column + offset < p.n) {
+            const float2 x = Half::pair(p.onehot_w, w[half] + offset);
+            v[i] = fmaf(g[half], x.x, v[i]);
+            v[i + 1] = fmaf(g[half], x.y, v[i + 1]);
           }
         }
         store.put(q, v);

@@ -1,34 +1,42 @@
-// half.cuh - the two 16-bit formats, as tags that the products and the stores share.
+// half.cuh - operand formats as tags that the products and the stores share.
 #pragma once
 #include "logitless/types.cuh"
 
 namespace logitless {
 
 struct Bf16 {
+  static constexpr int kBytes = 2;
   static __device__ __forceinline__ u32 pack(float low, float high) {  // round to nearest even
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
   }
-  static __device__ __forceinline__ float low(u32 x) { return __uint_as_float(x << 16); }
-  static __device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
+  // Elements at and at + 1 of an array; `at` is even.
+  static __device__ __forceinline__ float2 pair(const void* x, long long at) {
+    const u32 v = __ldg(static_cast<const u32*>(x) + at / 2);
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+  }
 };
 
 struct F16 {
+  static constexpr int kBytes = 2;
   static __device__ __forceinline__ u32 pack(float low, float high) {
     u32 r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
     return r;
   }
-  static __device__ __forceinline__ float low(u32 x) {
-    float r;
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, l;\n}\n" : "=f"(r) : "r"(x));
+  static __device__ __forceinline__ float2 pair(const void* x, long long at) {
+    const u32 v = __ldg(static_cast<const u32*>(x) + at / 2);
+    float2 r;
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n" : "=f"(r.x), "=f"(r.y) : "r"(v));
     return r;
   }
-  static __device__ __forceinline__ float high(u32 x) {
-    float r;
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %1;\ncvt.f32.f16 %0, h;\n}\n" : "=f"(r) : "r"(x));
-    return r;
+};
+
+struct F32 {  // mma.sync only, as two or three TF32 products
+  static constexpr int kBytes = 4;
+  static __device__ __forceinline__ float2 pair(const void* x, long long at) {
+    return __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(x) + at));
   }
 };
 

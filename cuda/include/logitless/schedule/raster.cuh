@@ -17,13 +17,15 @@ struct Tile {
 // kRows: rows of a row block, all CTAs of the cluster together. One instance a thread; all threads of a cluster agree.
 template <int kRows, int kColumns, bool kGated>
 struct Raster {
+  static constexpr int kPerEntry = kRows < 256 ? 256 / kRows : 1;
+  static_assert(!kGated || 256 % kRows == 0, "a list entry is whole row blocks");
   int row_blocks, column_blocks, group;
   const int* list;  // live row blocks, or null
 
   __device__ __forceinline__ Raster(const GemmParams& p, int rows)
       : row_blocks(ceil_div(rows, kRows)), column_blocks(ceil_div(p.n, kColumns)), group(p.group), list(nullptr) {
     if (kGated && p.gate) {
-      row_blocks = __ldg(p.gate);
+      row_blocks = kPerEntry * __ldg(p.gate);
       list = p.gate + 1;
     }
   }
@@ -33,7 +35,7 @@ struct Raster {
     const int per_group = group * column_blocks, g = t / per_group, rest = t - g * per_group;
     const int height = min(group, row_blocks - g * group), column = rest / height;
     const int row = g * group + (rest - column * height);
-    return {kGated && list ? __ldg(list + row) : row, column};
+    return {kGated && list ? kPerEntry * __ldg(list + row / kPerEntry) + row % kPerEntry : row, column};
   }
 };
 
