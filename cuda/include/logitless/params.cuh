@@ -40,4 +40,222 @@ struct GemmParams {
 };
 static_assert(sizeof(GemmParams) == 192, "mirror rust/gpu/src/params.rs");
 
+// -- shared pieces ---------------------------------------------------------------------------------------------------
+// Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).
+struct RowView {
+  void* data;
+  i64 outer_stride, inner_stride, feature_stride;  // elements
+  i64 inner;
+};
+
+// A matrix of any strides whose element type only the host knows. Codes: 0 f32, 1 f64, 2 bf16, 3 f16.
+struct AnyMatrix {
+  void* data;
+  i64 row_stride, column_stride;  // elements
+  i64 dtype;
+};
+
+// One pointer a field, in the order of the statistics' registry: outputs, saved outputs or cotangents. (N), (N, columns).
+struct Fields {
+  void *rest, *target, *entropy, *sum, *sum_sq, *mean, *variance, *max;
+  i64* argmax;
+  void *rest_power, *weighted_sum, *weighted_rest, *dot, *topk_values;
+  i64* topk_ids;
+};
+
+// Which rows take part. Live rows are packed in front: rows[slot] = row, slots[row] = slot or -1. Null lists: all rows.
+struct RowList {
+  const int* rows;
+  const int* slots;
+  const int* count;
+  i64 total;  // N
+};
+
+// The ids of the targets, (N, K) contiguous. An id equal to ignore is padding; a row of padding only is ignored.
+struct Targets {
+  const i64* ids;
+  i64 ignore;
+  int columns;      // K; 0: no target
+  int has_ignore;
+  i64 classes;      // V: an id outside [0, V) that is not padding makes the row nan
+};
+
+// -- rows.cu ---------------------------------------------------------------------------------------------------------
+// live_rows: flags and the largest magnitude of the cotangents.
+struct LiveParams {
+  Fields grad;
+  Targets targets;
+  unsigned char* live;   // (N)
+  float* block_max;      // (blocks)
+  i64 total;
+  int powers, vectors, topk, is_double;
+};
+static_assert(sizeof(LiveParams) == 192, "mirror rust/gpu/src/params.rs");
+
+// select_rows: live rows in front, in order; one block.
+struct SelectParams {
+  Targets targets;
+  const unsigned char* live;  // (N) or null: rows that are not ignored
+  const float* block_max;     // or null
+  int* rows;                  // (round_up(N, 256)), or null
+  int* slots;                 // (N), or null
+  int* count;
+  float* scalars;             // or null: {largest cotangent g, 1 / g, g * logit_scale}
+  i64 total;
+  i64 blocks;                 // of block_max
+  double scale;
+};
+static_assert(sizeof(SelectParams) == 104, "mirror rust/gpu/src/params.rs");
+
+// gather_rows: a packed copy of live rows, zero-filled to the pitch and to the padded row count.
+struct GatherParams {
+  RowView source;
+  RowList list;
+  void* packed;
+  i64 pitch;         // elements
+  int features;
+  int padded;        // rows of the copy
+};
+static_assert(sizeof(GatherParams) == 96, "mirror rust/gpu/src/params.rs");
+
+// scatter_rows: from packed accumulators to the gradient of the input; dead rows become 0.
+struct ScatterParams {
+  RowView target;
+  RowList list;
+  const void* packed;
+  const float* factor;  // device scalar, or null: 1
+  i64 pitch;
+  int features;
+  int accumulate;
+};
+static_assert(sizeof(ScatterParams) == 104, "mirror rust/gpu/src/params.rs");
+
+// target_logits: z of the target classes, one warp a (row, column).
+struct TargetParams {
+  RowView input;
+  RowList list;
+  Targets targets;
+  AnyMatrix weight;
+  AnyMatrix bias;    // data null: none
+  void* out;         // (N, K)
+  float* reference;  // (slots) or null: z of the target; +inf past the live rows; nan for an id out of range
+  int* target;       // (padded) or null: the class, -1 for none
+  double scale, softcap;
+  int features;
+  int padded;        // entries of reference and target
+};
+static_assert(sizeof(TargetParams) == 216, "mirror rust/gpu/src/params.rs");
+
+// finish_statistics: partials of the class tiles to outputs, in a fixed order.
+struct FinishParams {
+  Fields out;
+  RowList list;
+  const float* part;
+  const float* reference;  // fixed reference: plane 0 is a sum; null: online planes
+  i64 part_plane;
+  int ld_row, tiles;
+  i64 classes;
+  int tile_columns;        // classes a tile, for the variance
+  int planes;              // 1 or 3: rest (and entropy); 7: everything
+  int chunk_columns;       // classes a launch: tiles restart there
+  int chunk_tiles;         // tiles a launch
+};
+static_assert(sizeof(FinishParams) == 208, "mirror rust/gpu/src/params.rs");
+
+// row_coefficients: the five planes of the gradient tile, divided by the largest cotangent.
+struct CoefficientParams {
+  Fields saved, grad;
+  RowList list;
+  Targets targets;
+  const float* scalars;  // of select_rows
+  float* coef;           // (5, ld_row)
+  float* reference;      // (ld_row): rest
+  int* target;           // (ld_row)
+  i64 classes;
+  int ld_row, padded;
+};
+static_assert(sizeof(CoefficientParams) == 352, "mirror rust/gpu/src/params.rs");
+
+// column_sum: sums over rows of a gradient tile, times a device scalar.
+struct ColumnSumParams {
+  AnyMatrix tile;
+  AnyMatrix out;         // (columns), row_stride
+  const int* count;      // or null
+  const float* factor;   // or null: 1
+  i64 rows;
+  i64 columns;
+};
+static_assert(sizeof(ColumnSumParams) == 96, "mirror rust/gpu/src/params.rs");
+
+// row_dots: sum over features of packed input x packed gradient; fold_dots: their sum, one block.
+struct DotParams {
+  AnyMatrix input;
+  AnyMatrix gradient;
+  const int* count;
+  double* partial;       // (rows)
+  void* out;             // one float or double
+  const float* factor;
+  i64 rows;
+  int features;
+  int is_double;
+};
+static_assert(sizeof(DotParams) == 112, "mirror rust/gpu/src/params.rs");
+
+// widen_vector: a vector of any type and stride as accumulators.
+struct WidenParams {
+  AnyMatrix source;  // row_stride
+  void* out;
+  i64 length;
+  i64 is_double;
+};
+static_assert(sizeof(WidenParams) == 56, "mirror rust/gpu/src/params.rs");
+
+// -- tile.cu ---------------------------------------------------------------------------------------------------------
+// A tile of z (live rows, width) in accumulators: folded into each row's state, or turned into a tile of dz.
+struct TileParams {
+  Fields saved, grad;    // statistics: saved = outputs
+  RowList list;
+  Targets targets;
+  const void* z;         // (slots, z_pitch)
+  void* dx;              // (padded, dx_pitch): gradient in the type of the products
+  i64 z_pitch, dx_pitch;
+  void* state;           // (slots, state_size) accumulators
+  const void* vectors;   // (C, V), or null
+  i64 vector_stride, vector_column;
+  AnyMatrix dense;       // (N, V) q, data null: none
+  AnyMatrix d_dense;     // its gradient
+  const float* scalars;  // of select_rows: gradient tiles are divided by the largest cotangent; null: not
+  double softcap;
+  i64 column0;           // class of column 0
+  int width, state_size;
+  int first, last;       // first and last tile of the classes
+  int mask;              // statistics wanted, bit = kRest ...
+  int powers, vector_count, topk;
+  double power[8];
+  int padded;            // rows of dx to fill with zeros past the live ones
+  int reserved;
+};
+static_assert(sizeof(TileParams) == 560, "mirror rust/gpu/src/params.rs");
+
+// Bits of TileParams::mask.
+enum Statistic {
+  kRest = 1, kEntropy = 2, kSum = 4, kSumSq = 8, kVariance = 16, kMax = 32, kRestPower = 64,
+  kWeightedSum = 128, kWeightedRest = 256, kDot = 512, kTopk = 1024, kTarget = 2048
+};
+
+// -- gemm_plain.cu ---------------------------------------------------------------------------------------------------
+// D[M, N] = A[M, K] B[N, K]^T for any strides, without tensor cores.
+struct PlainParams {
+  const void *a, *b;
+  void* d;
+  i64 a_m, a_k, b_n, b_k, d_m, d_n;  // strides in elements
+  const int* count;     // replaces m, or k
+  const float* alpha;   // device scalar, or null
+  const void* bias;     // (N) accumulators, or null; logits only
+  double scale, softcap;
+  int m, n, k;
+  int count_is_k, accumulate, logits;
+};
+static_assert(sizeof(PlainParams) == 136, "mirror rust/gpu/src/params.rs");
+
 }  // namespace logitless

@@ -1,1 +1,2 @@
-//! The GPU engine.
+//! The CUDA engine.
+mod images;
