@@ -16,6 +16,7 @@
 pub(crate) mod amx;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod bf16;
+pub(crate) mod convert;
 pub(crate) mod isa;
 pub(crate) mod pack;
 #[cfg(target_arch = "x86_64")]
