@@ -121,7 +121,9 @@ class DenseHead:
             d_input: Floats = np.zeros(self._input_shape)
             kept = d_input[..., : d_input.shape[-2] - self._shift, :] if self._shift else d_input
             kept[...] = (self._scale * (dx @ self._weight)).reshape(kept.shape)
-            d_weight = (self._scale * (dx.T @ self._input)).reshape(self._weight_shape)
+            # A row without a gradient is not read: it may hold anything.
+            read = np.where((dx != 0.0).any(axis=1)[:, None], self._input, 0.0)
+            d_weight = (self._scale * (dx.T @ read)).reshape(self._weight_shape)
             d_scale = np.where(dx == 0.0, 0.0, dx * self._product).sum()
         d_bias: Floats = np.asarray(dx.sum(axis=0))
         if self._bias_shape is not None:

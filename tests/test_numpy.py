@@ -1,0 +1,619 @@
+"""The NumPy face against the dense float64 references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import logitless.numpy as ln
+from logitless import stats, testing
+
+GRADIENTS = ("input", "linear_weight", "linear_bias")
+
+
+def check_loss(arguments: tuple[Any, ...], label: str = "", **options: Any) -> ln.CrossEntropy:
+    """Compare a call with its reference, loss and gradients."""
+    ours = {k: v for k, v in options.items() if k != "memory"}
+    cotangent = options.get("cotangent", 1.0)
+    reference = testing.linear_cross_entropy(*arguments, **ours)
+    found = ln.linear_cross_entropy(*arguments, **options)
+    dtype = arguments[0].dtype
+    assert found.loss.dtype == (np.float64 if dtype == np.float64 else np.float32)
+    testing.assert_close(found.loss, reference.loss, "loss", dtype, label=label)
+    for name in GRADIENTS:
+        gradient = getattr(found, name)
+        if name == "linear_bias" and options.get("linear_bias") is None:
+            assert gradient is None
+            continue
+        assert gradient.dtype == dtype
+        testing.assert_close(
+            gradient,
+            reference.gradients[name],
+            "gradient",
+            dtype,
+            label=f"{name} {label}",
+            scale=gradient_scale(reference.gradients[name], cotangent, options, reference.loss),
+        )
+    return found
+
+
+def gradient_scale(
+    gradient: np.ndarray, cotangent: Any, options: dict[str, Any], loss: np.ndarray
+) -> float:
+    """Size that a gradient's error is measured by: its largest element."""
+    del cotangent, options, loss
+    return max(float(np.abs(np.nan_to_num(gradient)).max(initial=0.0)), 1e-3)
+
+
+# Linear cross entropy -----------------------------------------------------------------------------
+
+
+@given(
+    rows=st.integers(1, 70),
+    features=st.integers(1, 40),
+    classes=st.integers(1, 300),
+    dtype=st.sampled_from(["float32", "float64", "float16"]),
+    seed=st.integers(0, 1000),
+    bias=st.booleans(),
+    weighted=st.booleans(),
+    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    reduction=st.sampled_from(["mean", "sum", "none"]),
+    softcap=st.sampled_from([None, 5.0]),
+    scale=st.sampled_from([1.0, 0.5]),
+    z_loss=st.sampled_from([0.0, 0.01]),
+)
+def test_every_option_of_index_targets(
+    rows: int,
+    features: int,
+    classes: int,
+    dtype: str,
+    seed: int,
+    bias: bool,
+    weighted: bool,
+    smoothing: float,
+    reduction: str,
+    softcap: float | None,
+    scale: float,
+    z_loss: float,
+) -> None:
+    case = testing.make_case(rows, features, classes, dtype=dtype, seed=seed)
+    weight = np.random.default_rng(seed).random(classes) + 0.1
+    check_loss(
+        (case.input, case.linear_weight, case.target),
+        linear_bias=case.linear_bias if bias else None,
+        weight=weight if weighted else None,
+        label_smoothing=smoothing,
+        reduction=reduction,
+        softcap=softcap,
+        logit_scale=scale,
+        z_loss_weight=z_loss,
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("extra", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("kind", ["index", "sparse", "probability"])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "z_loss_weight": 0.05}])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_every_kind_of_target_with_extra_dimensions(
+    dtype: str,
+    reduction: str,
+    extra: tuple[int, ...],
+    kind: str,
+    options: dict[str, Any],
+    weighted: bool,
+    rng: np.random.Generator,
+) -> None:
+    rows, features, classes = 6, 5, 7
+    input = testing.to_dtype(rng.standard_normal((rows, features)), dtype)
+    weight = testing.to_dtype(rng.standard_normal((classes, *extra, features)), dtype)
+    bias = testing.to_dtype(rng.standard_normal((classes, *extra)), dtype)
+    options = dict(
+        options, reduction=reduction, linear_bias=bias, row_weight=rng.random((rows, *extra))
+    )
+    if weighted:
+        options["weight"] = rng.random(classes)
+    if reduction == "none":
+        options["cotangent"] = rng.standard_normal((rows, *extra))
+    if kind == "probability":
+        target = rng.standard_normal((rows, classes, *extra)).astype(np.float32)
+    elif kind == "index":
+        target = rng.integers(0, classes, (rows, *extra))
+        target[1] = -100
+    else:
+        target = rng.integers(0, classes, (rows, *extra, 3))
+        target[1] = -100
+        target[2, ..., 1] = -100
+        target[3, ..., 2] = target[3, ..., 0]
+        options["target_weight"] = rng.standard_normal(target.shape)
+    check_loss((input, weight, target), **options)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("leading", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_leading_dimensions_and_shift(
+    leading: tuple[int, ...], shift: int, sparse: bool, rng: np.random.Generator
+) -> None:
+    case = testing.make_case(6, 4, 9, leading=leading, targets=2 if sparse else None)
+    options: dict[str, Any] = {"row_weight": rng.random((*leading, 6))}
+    if sparse:
+        options["target_weight"] = rng.standard_normal(case.target.shape)
+    for reduction in ("none", "mean"):
+        found = check_loss(
+            (case.input, case.linear_weight, case.target),
+            shift=shift,
+            reduction=reduction,
+            **options,
+        )
+        assert found.input is not None
+        assert not found.input[..., 6 - shift :, :].any()
+    assert found.loss.shape == ()
+
+
+def test_a_single_row() -> None:
+    case = testing.make_case(1, 4, 9)
+    for target in (np.int64(3), np.array(3), np.array(3, np.uint8)):
+        found = check_loss((case.input[0], case.linear_weight, target), reduction="none")
+        assert found.loss.shape == ()
+
+
+@pytest.mark.parametrize("denominator", [7, 3.5])
+def test_denominator_replaces_the_mean(denominator: float) -> None:
+    case = testing.make_case(8, 4, 9)
+    arguments = (case.input, case.linear_weight, case.target)
+    check_loss(arguments, denominator=denominator, z_loss_weight=0.1, weight=np.arange(9.0))
+
+
+@pytest.mark.parametrize("target_dtype", ["int64", "int32", "uint8", "int8", ">i4"])
+def test_integer_dtypes_of_the_target(target_dtype: str) -> None:
+    case = testing.make_case(8, 4, 9, ignored=0.0)
+    check_loss((case.input, case.linear_weight, case.target.astype(target_dtype)))
+
+
+def test_layouts_are_read_in_place_and_give_the_same_result(dtype: str) -> None:
+    case = testing.make_case(9, 6, 13, dtype=dtype)
+    arguments = (case.input, case.linear_weight, case.target)
+    expected = ln.linear_cross_entropy(*arguments, linear_bias=case.linear_bias)
+    for name, input in testing.layouts(case.input):
+        for weight_name, weight in testing.layouts(case.linear_weight):
+            found = check_loss((input, weight, case.target), label=f"{name}, {weight_name}")
+            assert found.input is not None
+            assert found.input.shape == case.input.shape
+    for name, bias in testing.layouts(case.linear_bias):
+        found = check_loss(arguments, label=name, linear_bias=bias)
+        np.testing.assert_array_equal(found.loss, expected.loss)
+    for name, target in testing.layouts(case.target):
+        found = ln.linear_cross_entropy(case.input, case.linear_weight, target)
+        again = ln.linear_cross_entropy(*arguments)
+        np.testing.assert_array_equal(found.loss, again.loss, err_msg=name)
+
+
+def test_broadcast_and_byte_swapped_arrays() -> None:
+    case = testing.make_case(5, 4, 9)
+    same = np.broadcast_to(case.input[:1], case.input.shape)
+    check_loss((same, case.linear_weight, case.target))
+    check_loss((case.input.astype(">f4").astype("<f4"), case.linear_weight, case.target))
+    swapped = case.input.astype(">f4")
+    found = ln.linear_cross_entropy(swapped, case.linear_weight.astype(">f4"), case.target)
+    expected = ln.linear_cross_entropy(case.input, case.linear_weight, case.target)
+    np.testing.assert_array_equal(found.loss, expected.loss)
+    np.testing.assert_array_equal(found.input, expected.input)
+    record = np.zeros(5, [("pad", "i1"), ("x", "f4", (4,))])
+    record["x"] = case.input
+    found = ln.linear_cross_entropy(record["x"], case.linear_weight, case.target)
+    np.testing.assert_array_equal(found.loss, expected.loss)
+
+
+def test_arguments_are_left_alone() -> None:
+    case = testing.make_case(9, 6, 13)
+    arrays = (case.input, case.linear_weight, case.target, case.linear_bias)
+    before = [array.copy() for array in arrays]
+    for array in arrays:
+        array.flags.writeable = False
+    ln.linear_cross_entropy(*arrays[:3], linear_bias=arrays[3], label_smoothing=0.1)
+    for array, copy in zip(arrays, before, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+@pytest.mark.parametrize("gradients", [(), ("input",), ("linear_weight",), ("linear_bias",)])
+def test_only_wanted_gradients(gradients: tuple[str, ...]) -> None:
+    case = testing.make_case(9, 6, 13)
+    arguments = (case.input, case.linear_weight, case.target)
+    everything = ln.linear_cross_entropy(*arguments, linear_bias=case.linear_bias)
+    found = ln.linear_cross_entropy(*arguments, linear_bias=case.linear_bias, gradients=gradients)
+    np.testing.assert_array_equal(found.loss, everything.loss)
+    for name in GRADIENTS:
+        if name in gradients:
+            np.testing.assert_array_equal(getattr(found, name), getattr(everything, name))
+        else:
+            assert getattr(found, name) is None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_empty_and_fully_ignored_batches(reduction: str) -> None:
+    case = testing.make_case(4, 6, 13, ignored=1.0)
+    for rows in (0, 4):
+        arguments = (case.input[:rows], case.linear_weight, case.target[:rows])
+        found = ln.linear_cross_entropy(
+            *arguments, linear_bias=case.linear_bias, reduction=reduction
+        )
+        expected = testing.linear_cross_entropy(*arguments, reduction=reduction)
+        np.testing.assert_array_equal(found.loss, expected.loss)
+        for gradient in found[1:]:
+            assert gradient is not None
+            assert not gradient.any()
+
+
+@pytest.mark.parametrize("memory", ["lean", "fast", 10_000])
+def test_memory_does_not_change_the_result(memory: str | int) -> None:
+    case = testing.make_case(40, 8, 1000)
+    check_loss((case.input, case.linear_weight, case.target), memory=memory)
+
+
+@pytest.mark.parametrize("margin", [20.0, 50.0, 80.0, 87.0])
+def test_the_loss_of_a_confident_row_keeps_its_digits(margin: float) -> None:
+    """`lse - target` is 0 in float32 from a margin of 18 nats on."""
+    input = np.array([[1.0]], np.float32)
+    weight = np.array([[margin], [0.0], [0.0]], np.float32)
+    found = ln.linear_cross_entropy(input, weight, np.array([0]))
+    np.testing.assert_allclose(found.loss, np.log1p(2 * np.exp(-margin)), rtol=2e-6)
+    np.testing.assert_allclose(found.linear_weight[0], -2 * np.exp(-margin), rtol=1e-5)
+
+
+@pytest.mark.parametrize("margin", [-500.0, 500.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_extreme_margins_stay_finite(margin: float, dtype: str) -> None:
+    input = np.array([[1.0]], dtype)
+    weight = np.array([[margin], [0.0], [0.0]], dtype)
+    found = check_loss((input, weight, np.array([0])))
+    assert np.isfinite(found.loss)
+    assert all(np.isfinite(gradient).all() for gradient in found[1:3])
+
+
+# Not-a-number and infinities ----------------------------------------------------------------------
+
+
+def test_nan_stays_in_its_rows() -> None:
+    case = testing.make_case(6, 4, 9, ignored=0.0)
+    case.input[2, 1] = np.nan
+    found = ln.linear_cross_entropy(case.input, case.linear_weight, case.target, reduction="none")
+    assert np.isnan(found.loss).tolist() == [False, False, True, False, False, False]
+    assert np.isnan(found.input[2]).all()
+    assert not np.isnan(np.delete(found.input, 2, axis=0)).any()
+    assert np.isnan(found.linear_weight).all()
+
+
+def test_nan_in_an_ignored_row_is_not_read() -> None:
+    case = testing.make_case(6, 4, 9, ignored=0.0)
+    case.input[2] = np.nan
+    case.target[2] = -100
+    found = ln.linear_cross_entropy(case.input, case.linear_weight, case.target)
+    assert np.isfinite(found.loss)
+    assert all(np.isfinite(gradient).all() for gradient in found[1:3])
+
+
+def test_a_bias_of_minus_infinity_masks_a_class() -> None:
+    case = testing.make_case(6, 4, 9, ignored=0.0)
+    keep = np.arange(9) != 4
+    case.target[case.target == 4] = 0
+    bias = np.where(keep, case.linear_bias, -np.inf).astype(np.float32)
+    found = ln.linear_cross_entropy(case.input, case.linear_weight, case.target, linear_bias=bias)
+    fewer = ln.linear_cross_entropy(
+        case.input,
+        case.linear_weight[keep],
+        case.target - (case.target > 4),
+        linear_bias=bias[keep],
+    )
+    np.testing.assert_allclose(found.loss, fewer.loss, rtol=1e-6)
+    np.testing.assert_allclose(found.input, fewer.input, rtol=1e-4, atol=1e-7)
+    assert not found.linear_weight[4].any()
+    stats_, _ = ln.row_statistics(
+        case.input, case.linear_weight, linear_bias=bias, want=("lse", "entropy", "mean_logit")
+    )
+    assert all(np.isfinite(getattr(stats_, name)).all() for name in stats_)
+
+
+def test_infinite_logits_give_what_torch_gives() -> None:
+    torch = pytest.importorskip("torch")
+    case = testing.make_case(6, 4, 9, ignored=0.0)
+    for value in (np.inf, -np.inf):
+        bias = case.linear_bias.copy()
+        bias[2] = value
+        case.target[:2] = 2
+        expected = torch.nn.functional.cross_entropy(
+            torch.from_numpy(case.input @ case.linear_weight.T + bias),
+            torch.from_numpy(case.target),
+            reduction="none",
+        )
+        found = ln.linear_cross_entropy(
+            case.input,
+            case.linear_weight,
+            case.target,
+            linear_bias=bias,
+            reduction="none",
+            gradients=(),
+        )
+        np.testing.assert_allclose(found.loss, expected.numpy(), rtol=1e-5)
+
+
+# Row statistics -----------------------------------------------------------------------------------
+
+PLAIN = (
+    "rest",
+    "target",
+    "lse",
+    "log_prob",
+    "entropy",
+    "mean_logit",
+    "rest_entropy",
+    "sum",
+    "sum_sq",
+    "mean",
+    "variance",
+    "max",
+    "argmax",
+)
+
+
+def everything(
+    rng: np.random.Generator, rows: tuple[int, ...], classes: int, extra: tuple[int, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A want of every statistic, and the same parameters as the reference takes them."""
+    vectors = rng.standard_normal((2, classes))
+    vectors[0, 0] = 0.0
+    q = rng.standard_normal((*rows, classes, *extra))
+    want = (
+        *PLAIN,
+        stats.power_lse(2, 3.5),
+        stats.rest_power(2, 3.5),
+        stats.weighted(vectors),
+        stats.dot(q),
+        stats.topk(min(4, classes)),
+    )
+    moved = np.moveaxis(q, len(rows), -1)
+    options = {
+        "powers": (2.0, 3.5),
+        "vectors": vectors,
+        "dense": moved,
+        "topk": min(4, classes),
+    }
+    return want, options
+
+
+@pytest.mark.parametrize("targets", [None, 1, 3])
+@pytest.mark.parametrize("extra", [(), (2, 2)])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_every_field_and_its_gradient(
+    dtype: str,
+    targets: int | None,
+    extra: tuple[int, ...],
+    softcap: float | None,
+    rng: np.random.Generator,
+) -> None:
+    rows, features, classes = 6, 5, 11
+    input = testing.to_dtype(rng.standard_normal((rows, features)), dtype)
+    weight = testing.to_dtype(rng.standard_normal((classes, *extra, features)), dtype)
+    bias = testing.to_dtype(rng.standard_normal((classes, *extra)), dtype)
+    columns = () if targets is None else (targets,)
+    target = rng.integers(0, classes, (rows, *extra, *columns))
+    target[1] = -1
+    target[(2, ..., *(0,) * len(columns))] = target[(2, ..., *(-1,) * len(columns))]
+    want, options = everything(rng, (rows,), classes, extra)
+    common = dict(linear_bias=bias, ignore_index=-1, logit_scale=0.8, softcap=softcap)
+    found, vjp = ln.row_statistics(
+        input,
+        weight,
+        target,
+        want=want,
+        gradients=("input", "linear_weight", "linear_bias", "logit_scale", "dot"),
+        **common,
+    )
+    reference, reference_vjp = testing.row_statistics(input, weight, target, **common, **options)
+    for name in found:
+        value = getattr(found, name)
+        if name == "log_prob" and targets == 3:
+            np.testing.assert_allclose(
+                value,
+                np.where(target == -1, 0, reference["target"] - reference["lse"][..., None]),
+                atol=1e-5,
+            )
+            continue
+        if name in ("argmax", "topk_ids"):
+            np.testing.assert_array_equal(value, reference[name])
+            continue
+        expected = reference[name]
+        if name == "log_prob":
+            expected = expected.reshape(value.shape)
+        testing.assert_close(value, expected, name, dtype, label=name)
+        g = rng.standard_normal(value.shape).astype(np.float32)
+        gradients = vjp(**{name: g})
+        reference_g = g.reshape(reference[name].shape)
+        expected_gradients = reference_vjp(**{name: reference_g})
+        for argument in GRADIENTS:
+            testing.assert_close(
+                getattr(gradients, argument),
+                expected_gradients[argument],
+                "gradient",
+                dtype,
+                scale=max(1.0, float(np.abs(expected_gradients[argument]).max())),
+                label=f"{name} by {argument}",
+            )
+        testing.assert_close(
+            gradients.logit_scale,
+            expected_gradients["logit_scale"],
+            "sum",
+            dtype,
+            scale=100.0,
+            label=f"{name} by logit_scale",
+        )
+        if name == "dot":
+            dense = np.moveaxis(expected_gradients["dense"], -1, 1)
+            testing.assert_close(gradients.dot, dense, "logit", dtype, label="dot by q")
+
+
+def test_cotangents_add_and_numbers_spread(rng: np.random.Generator) -> None:
+    case = testing.make_case(7, 5, 11, dtype="float64")
+    found, vjp = ln.row_statistics(
+        case.input,
+        case.linear_weight,
+        case.target,
+        want=("log_prob", "entropy"),
+        ignore_index=-100,
+        gradients="input",
+    )
+    g = rng.standard_normal(found.log_prob.shape)
+    both = vjp(log_prob=g, entropy=0.5)
+    apart = vjp(log_prob=g).input + vjp(entropy=np.full(7, 0.5)).input
+    np.testing.assert_allclose(both.input, apart, rtol=1e-12, atol=1e-15)
+    assert both.linear_weight is None
+
+
+def test_statistics_without_a_target(dtype: str) -> None:
+    case = testing.make_case(7, 5, 11, dtype=dtype)
+    found, vjp = ln.row_statistics(
+        case.input, case.linear_weight, want=("lse", "entropy", stats.power_lse(2))
+    )
+    reference, reference_vjp = testing.row_statistics(case.input, case.linear_weight, powers=(2.0,))
+    testing.assert_close(found.lse, reference["lse"], "lse", dtype)
+    testing.assert_close(found.entropy, reference["entropy"], "entropy", dtype)
+    testing.assert_close(found.power_lse, reference["power_lse"][:, 0], "power_lse", dtype)
+    testing.assert_close(
+        vjp(entropy=1.0, power_lse=2.0).input,
+        reference_vjp(entropy=1.0, power_lse=2.0)["input"],
+        "gradient",
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("margin", [10.0, 40.0, 80.0])
+def test_entropy_of_a_peaked_row_keeps_its_digits(margin: float) -> None:
+    input = np.array([[1.0]], np.float32)
+    weight = np.array([[100.0 + margin], [100.0], [101.0]], np.float32)
+    for target in (None, np.array([0]), np.array([1])):
+        found, _ = ln.row_statistics(input, weight, target, want="entropy")
+        expected, _ = testing.row_statistics(input, weight, target, fields=("entropy",))
+        np.testing.assert_allclose(found.entropy, expected["entropy"], rtol=1e-4)
+
+
+def test_fields_that_were_not_wanted() -> None:
+    case = testing.make_case(3, 5, 11)
+    found, vjp = ln.row_statistics(case.input, case.linear_weight, want="lse", gradients="input")
+    with pytest.raises(AttributeError, match="want="):
+        _ = found.entropy
+    with pytest.raises(TypeError, match="entropy"):
+        vjp(entropy=1.0)
+    with pytest.raises(ValueError, match=r"lse.shape = \(2,\)"):
+        vjp(lse=np.ones(2))
+    assert list(found) == ["lse"]
+    with pytest.raises(AttributeError, match="help"):
+        _ = found.softmax
+    assert "lse" in repr(found)
+    assert "lse" in dir(found)
+
+
+# Read-outs ----------------------------------------------------------------------------------------
+
+
+def test_read_outs_agree_with_dense_logits(dtype: str) -> None:
+    case = testing.make_case(6, 5, 20, dtype=dtype, leading=(2,))
+    head = testing.DenseHead(case.input, case.linear_weight, case.linear_bias)
+    z = head.z.reshape(2, 6, 20)
+    options = {"linear_bias": case.linear_bias}
+    arguments = (case.input, case.linear_weight)
+    np.testing.assert_array_equal(ln.linear_argmax(*arguments, **options), z.argmax(axis=-1))
+    top = ln.linear_topk(*arguments, 3, **options)
+    np.testing.assert_array_equal(top.indices, np.argsort(-z, axis=-1)[..., :3])
+    testing.assert_close(top.values, -np.sort(-z, axis=-1)[..., :3], "logit", dtype)
+    lse = np.log(np.exp(z).sum(axis=-1))
+    testing.assert_close(ln.linear_logsumexp(*arguments, **options), lse, "lse", dtype)
+    kept = case.target != -100
+    hits = (z.argmax(axis=-1) == case.target)[kept]
+    assert ln.linear_accuracy(*arguments, case.target, **options) == hits.mean()
+    hits5 = (np.argsort(-z, axis=-1)[..., :5] == case.target[..., None]).any(-1)[kept]
+    assert ln.linear_accuracy(*arguments, case.target, topk=5, **options) == hits5.mean()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_log_prob_with_temperature(temperature: float, softcap: float | None) -> None:
+    case = testing.make_case(6, 5, 20)
+    head = testing.DenseHead(case.input, case.linear_weight, case.linear_bias, softcap=softcap)
+    z = head.z / temperature
+    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+    found = ln.linear_log_prob(
+        case.input,
+        case.linear_weight,
+        case.target,
+        linear_bias=case.linear_bias,
+        temperature=temperature,
+        softcap=softcap,
+    )
+    kept = case.target != -100
+    at_target = np.take_along_axis(log_p, np.where(kept, case.target, 0)[:, None], axis=1)[:, 0]
+    np.testing.assert_allclose(found.log_prob, np.where(kept, at_target, 0.0), rtol=2e-5, atol=1e-6)
+    entropy = np.where(kept, -(np.exp(log_p) * log_p).sum(axis=1), 0.0)
+    np.testing.assert_allclose(found.entropy, entropy, rtol=2e-5, atol=1e-6)
+
+
+# Errors -------------------------------------------------------------------------------------------
+
+GOOD: dict[str, Any] = {
+    "input": np.zeros((3, 4), np.float32),
+    "linear_weight": np.zeros((5, 4), np.float32),
+    "target": np.zeros(3, np.int64),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"input": np.zeros((3, 5), np.float32)}, ValueError, "linear_weight.shape"),
+        ({"input": [[1.0, 2.0, 3.0, 4.0]]}, TypeError, "numpy.ndarray"),
+        ({"input": np.zeros((3, 4), np.int32)}, TypeError, "input.dtype"),
+        ({"input": np.zeros((3, 4), complex)}, TypeError, "input.dtype"),
+        ({"input": np.ma.ones((3, 4))}, TypeError, "MaskedArray"),
+        ({"input": np.zeros((3, 4))}, TypeError, "linear_weight.dtype"),
+        ({"linear_weight": np.zeros(4, np.float32)}, ValueError, "two dimensions"),
+        ({"linear_weight": np.zeros((0, 4), np.float32)}, ValueError, "at least one class"),
+        ({"linear_bias": np.zeros(4, np.float32)}, ValueError, "linear_bias.shape"),
+        ({"linear_bias": np.zeros(5)}, TypeError, "linear_bias.dtype"),
+        ({"weight": np.zeros(4)}, ValueError, "weight.shape"),
+        ({"target": np.zeros(2, np.int64)}, ValueError, "target.shape"),
+        ({"target": np.zeros(3, bool)}, TypeError, "target.dtype"),
+        ({"target": np.zeros((3, 2), np.int64)}, ValueError, "target_weight"),
+        ({"target": np.array([0, 5, 1])}, IndexError, "5"),
+        ({"target": np.array([0, -1, 1])}, IndexError, "-1"),
+        ({"reduction": "avg"}, ValueError, "reduction"),
+        ({"label_smoothing": 1.5}, ValueError, "label_smoothing"),
+        ({"softcap": 0.0}, ValueError, "softcap"),
+        ({"shift": 3}, ValueError, "shift"),
+        ({"shift": -1}, ValueError, "shift"),
+        ({"memory": "huge"}, ValueError, "memory"),
+        ({"gradients": ("weights",)}, ValueError, "weights"),
+        ({"row_weight": np.ones(2)}, ValueError, "row_weight.shape"),
+        ({"target": np.zeros((3, 5), np.float32), "ignore_index": 0}, ValueError, "ignore_index"),
+    ],
+)
+def test_errors_name_argument_and_remedy(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    arguments = {**GOOD, **change}
+    with pytest.raises(error, match=words):
+        ln.linear_cross_entropy(**arguments)
+
+
+def test_more_errors() -> None:
+    input, weight = GOOD["input"], GOOD["linear_weight"]
+    with pytest.raises(ValueError, match="topk = 6"):
+        ln.linear_topk(input, weight, 6)
+    with pytest.raises(ValueError, match=r"one of"):
+        ln.row_statistics(input, weight, want="softmax")
+    with pytest.raises(ValueError, match="temperature"):
+        ln.linear_log_prob(input, weight, GOOD["target"], temperature=0.0)
+    with pytest.raises(TypeError, match=r"stats\.dot"):
+        ln.row_statistics(input, weight, np.zeros((3, 5)), want="lse")
