@@ -1,7 +1,7 @@
 """The only framework switch: what a torch, NumPy or CuPy array is to the compiled core.
 
-Arrays cross into the core as `(address, dtype code, shape, strides)`, strides in elements. Nothing is
-copied and nothing is imported: a framework that the caller does not use stays unloaded.
+Arrays cross into the core as `(address, dtype code, shape, strides)`, strides in elements. Nothing
+is copied and nothing is imported: a framework that the caller does not use stays unloaded.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "BF16",
     "F16",
     "F32",
     "F64",
-    "BF16",
     "I64",
     "U8",
     "Handle",
     "framework",
     "handle",
-    "torch_handle",
+    "torch_code", "torch_handle",
 ]
 
 # Codes of the core: rust/core/src/tensor.rs.
@@ -59,11 +59,17 @@ def framework(array: object) -> Framework | None:
     return None
 
 
+def torch_code(dtype: torch.dtype) -> int:
+    """Return the code of a torch dtype that the core knows."""
+    if not _torch_codes:
+        module = sys.modules["torch"]
+        _torch_codes.update({getattr(module, name): code for name, code in CODES.items()})
+    return _torch_codes[dtype]
+
+
 def torch_handle(tensor: torch.Tensor) -> Handle:
     """Describe a strided torch tensor of a dtype the core knows."""
-    if not _torch_codes:
-        _fill_torch_codes()
-    return (tensor.data_ptr(), _torch_codes[tensor.dtype], tensor.shape, tensor.stride())
+    return (tensor.data_ptr(), torch_code(tensor.dtype), tensor.shape, tensor.stride())
 
 
 def handle(array: Any) -> Handle:
@@ -95,7 +101,3 @@ def handle(array: Any) -> Handle:
         raise ValueError(message)
     return (address, code, array.shape, tuple(stride // size for stride in array.strides))
 
-
-def _fill_torch_codes() -> None:
-    torch = sys.modules["torch"]
-    _torch_codes.update({getattr(torch, name): code for name, code in CODES.items()})

@@ -34,12 +34,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 from logitless import _core
 from logitless._check import MAX_TOPK, ArgumentError, argument_error, type_error
 
 __all__ = [
+    "Reading",
     "Request",
     "Statistic",
     "Want",
@@ -217,6 +218,15 @@ def _check_array(name: str, array: Any) -> Any:
     return array
 
 
+class Reading(NamedTuple):
+    """How fields read the core's outputs: the part of a `Request` that outlives the call."""
+
+    powers: tuple[float, ...]
+    columns: tuple[tuple[str, tuple[int, ...]], ...]
+    single: frozenset[str]
+    has_target: bool
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """What the core must compute for a `want`, and how the wanted fields read it.
@@ -234,23 +244,56 @@ class Request:
     single: frozenset[str] = frozenset()
     has_target: bool = True
 
+    @property
+    def reading(self) -> Reading:
+        """What a result needs to know to read the core's outputs."""
+        return Reading(self.powers, self.columns, self.single, self.has_target)
+
+    @property
+    def vector_count(self) -> int:
+        """C, the number of class vectors."""
+        if self.vectors is None:
+            return 0
+        return 1 if len(self.vectors.shape) == 1 else int(self.vectors.shape[0])
+
     def spec(self, targets: int) -> _core.Spec:
         """Make the core's specification for `targets` ids a row (0: none)."""
-        count = 0
-        if self.vectors is not None:
-            count = 1 if len(self.vectors.shape) == 1 else int(self.vectors.shape[0])
-        return _spec(self.core, self.powers, count, self.topk, targets)
+        return core_spec(self.core, self.powers, self.vector_count, self.topk, targets)
 
 
 @lru_cache(maxsize=256)
-def _spec(
+def core_spec(
     core: tuple[str, ...], powers: tuple[float, ...], vectors: int, k: int, targets: int
 ) -> _core.Spec:
+    """Make the core's specification, once for every distinct one."""
     return _core.Spec(core, powers=powers, vectors=vectors, topk=k, targets=targets)
 
 
-def resolve(want: Want, *, has_target: bool) -> Request:
+@lru_cache(maxsize=256)
+def core_fields(
+    core: tuple[str, ...], powers: tuple[float, ...], vectors: int, k: int, targets: int
+) -> tuple[tuple[str, int, bool], ...]:
+    """List (name, columns, is integer) of the core's outputs: `Spec.fields`, known without a Spec.
+
+    torch.compile traces through calls, where a compiled object would break the graph.
+    """
+    outputs = {
+        "target": (("target", targets, False),),
+        "entropy": (("rest_entropy", 0, False),),
+        "variance": (("mean", 0, False), ("variance", 0, False)),
+        "max": (("max", 0, False), ("argmax", 0, True)),
+        "rest_power": (("rest_power", len(powers), False),),
+        "weighted_sum": (("weighted_sum", vectors, False),),
+        "weighted_rest": (("weighted_rest", vectors, False),),
+        "topk": (("topk_values", k, False), ("topk_ids", k, True)),
+    }
+    return tuple(field for name in core for field in outputs.get(name, ((name, 0, False),)))
+
+
+def resolve(want: Want, *, has_target: bool, cached: bool = True) -> Request:
     """Turn what a caller wants into a `Request`.
+
+    `cached` is for tracers, which must see plain code.
 
     Raises
     ------
@@ -260,8 +303,8 @@ def resolve(want: Want, *, has_target: bool) -> Request:
     items = (want,) if isinstance(want, (str, Statistic)) else _as_tuple(want)
     for item in items:
         if isinstance(item, Statistic) and item.array is not None:
-            return _resolve(items, has_target)  # arrays are not worth keeping alive in a cache
-    return _resolve_cached(items, has_target)
+            cached = False  # a cache would keep the array alive
+    return (_resolve_cached if cached else _resolve)(items, has_target)
 
 
 def _as_tuple(want: Iterable[str | Statistic]) -> tuple[str | Statistic, ...]:

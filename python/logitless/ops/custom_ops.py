@@ -1,0 +1,238 @@
+"""The same two calls as torch.library ops: one graph node each for torch.compile and its kin.
+
+Traced code must not meet a compiled object, so the ops take the parts of a `Call` as plain
+arguments and put it together inside. The fake implementations give shapes and dtypes; they also
+serve meta tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from logitless import stats
+from logitless._extras import torch
+from logitless.ops import engine
+from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call
+
+__all__ = ["needed", "statistics"]
+
+Tensor = torch.Tensor
+Optional = torch.Tensor | None
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_BITS = (INPUT, WEIGHT, BIAS, SCALE, DENSE)
+
+# The parts of a Call, in the order of `_pack` and `_unpack`.
+_CALL = (
+    "str core, float[] powers, int topk, int shift, int? ignore_index, float logit_scale, "
+    "float softcap, int memory, int gradients, ScalarType dtype"
+)
+_TENSORS = (
+    "Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? dense, Tensor? ids, "
+    "Tensor? vectors"
+)
+
+
+def needed(*tensors: Optional) -> bool:
+    """Tell whether the call must be visible to a tracer, a dispatch mode or a tensor subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
+
+
+def statistics(
+    call: Call,
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    scale: Optional,
+    dense: Optional,
+    ids: Optional,
+    vectors: Optional,
+) -> tuple[Tensor, ...]:
+    """Compute the core's fields through the custom op."""
+    outputs = torch.ops.logitless.row_statistics(
+        input, weight, bias, scale, dense, ids, vectors, *_pack(call)
+    )
+    return tuple(outputs[: len(call.fields)])
+
+
+def _pack(call: Call) -> tuple[Any, ...]:
+    return (
+        ",".join(call.core),
+        list(call.powers),
+        call.topk,
+        call.shift,
+        call.ignore_index,
+        call.logit_scale,
+        call.softcap,
+        call.memory,
+        call.gradients,
+        call.dtype,
+    )
+
+
+def _unpack(input: Tensor, weight: Tensor, ids: Optional, vectors: Optional, *packed: Any) -> Call:
+    core, powers, topk, shift, ignore_index, logit_scale, softcap, memory, gradients, dtype = packed
+    lead, positions = tuple(input.shape[:-1]), tuple(weight.shape[1:-1])
+    if shift:
+        lead = (*lead[:-1], lead[-1] - shift)
+    rows_shape = (*lead, *positions)
+    targets = 0
+    if ids is not None:
+        targets = 1 if ids.dim() == len(rows_shape) else ids.shape[-1]
+    return Call(
+        core=tuple(core.split(",")),
+        powers=tuple(powers),
+        vectors=0 if vectors is None else vectors.shape[0],
+        topk=topk,
+        targets=targets,
+        rows_shape=rows_shape,
+        positions=positions,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        memory=memory,
+        gradients=gradients,
+        dtype=dtype,
+    )
+
+
+@torch.library.custom_op(
+    "logitless::row_statistics", mutates_args=(), schema=f"({_TENSORS}, {_CALL}) -> Tensor[]"
+)
+def _forward_op(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    scale: Optional,
+    dense: Optional,
+    ids: Optional,
+    vectors: Optional,
+    *packed: Any,
+) -> list[Tensor]:
+    call = _unpack(input, weight, ids, vectors, *packed)
+    fields, store = engine.forward(call, input, weight, bias, scale, dense, ids, vectors)
+    return [*fields] if store is None else [*fields, store]
+
+
+@_forward_op.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,  # noqa: ARG001
+    scale: Optional,  # noqa: ARG001
+    dense: Optional,  # noqa: ARG001
+    ids: Optional,
+    vectors: Optional,
+    *packed: Any,
+) -> list[Tensor]:
+    call = _unpack(input, weight, ids, vectors, *packed)
+    outputs = [
+        input.new_empty(
+            (*call.rows_shape, columns) if columns else call.rows_shape,
+            dtype=torch.int64 if integer else call.accumulation,
+        )
+        for _, columns, integer in call.fields
+    ]
+    if size := engine.store_bytes(call, input, weight):
+        outputs.append(input.new_empty((size,), dtype=torch.uint8))
+    return outputs
+
+
+@torch.library.custom_op(
+    "logitless::row_statistics_backward",
+    mutates_args=(),
+    schema=(
+        f"({_TENSORS}, Tensor? store, Tensor[] fields, Tensor?[] cotangents, int wanted, {_CALL})"
+        " -> Tensor[]"
+    ),
+)
+def _backward_op(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    scale: Optional,
+    dense: Optional,
+    ids: Optional,
+    vectors: Optional,
+    store: Optional,
+    fields: list[Tensor],
+    cotangents: list[Optional],
+    wanted: int,
+    *packed: Any,
+) -> list[Tensor]:
+    call = _unpack(input, weight, ids, vectors, *packed)
+    gradients = engine.backward(
+        call,
+        wanted,
+        input,
+        weight,
+        bias,
+        scale,
+        dense,
+        ids,
+        vectors,
+        store,
+        tuple(fields),
+        tuple(cotangents),
+    )
+    return [g for g in gradients if g is not None]
+
+
+@_backward_op.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    scale: Optional,
+    dense: Optional,
+    ids: Optional,  # noqa: ARG001
+    vectors: Optional,  # noqa: ARG001
+    store: Optional,  # noqa: ARG001
+    fields: list[Tensor],  # noqa: ARG001
+    cotangents: list[Optional],  # noqa: ARG001
+    wanted: int,
+    *packed: Any,  # noqa: ARG001
+) -> list[Tensor]:
+    # `engine.backward` allocates the input's gradient contiguous and the others like their tensors.
+    contiguous = torch.contiguous_format
+    inputs = (input, weight, bias, scale, dense)
+    return [
+        torch.empty_like(t, memory_format=contiguous)
+        if bit in (INPUT, DENSE)
+        else torch.empty_like(t)
+        for t, bit in zip(inputs, _BITS, strict=True)
+        if t is not None and wanted & bit
+    ]
+
+
+def _setup_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
+    ctx.packed = inputs[7:]
+    core = tuple(ctx.packed[0].split(","))
+    # Neither the parameters of the statistics nor a cache matter for counting their fields.
+    ctx.count = len(stats.core_fields.__wrapped__(core, (), 0, 0, 0))
+    ctx.save_for_backward(*inputs[:7], *output)
+
+
+def _backward(ctx: Any, cotangents: list[Optional]) -> tuple[Optional, ...]:
+    inputs, outputs = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    fields = outputs[: ctx.count]
+    store = outputs[ctx.count] if len(outputs) > ctx.count else None
+    wanted = [bool(need) for need in ctx.needs_input_grad[:5]]
+    mask = sum(bit for bit, need in zip(_BITS, wanted, strict=True) if need)
+    given = [
+        None if g is None or not field.is_floating_point() else g
+        for g, field in zip(cotangents[: ctx.count], fields, strict=True)
+    ]
+    gradients = iter(
+        torch.ops.logitless.row_statistics_backward(
+            *inputs, store, list(fields), given, mask, *ctx.packed
+        )
+    )
+    results = [next(gradients) if need else None for need in wanted]
+    return (*results, *(None,) * (2 + len(ctx.packed)))
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

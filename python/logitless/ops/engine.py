@@ -1,0 +1,305 @@
+"""Torch tensors in, torch tensors out, through the compiled engines: the place that knows devices.
+
+Nothing here is differentiable: `forward` allocates the statistics and has the engine fill them,
+`backward` allocates the wanted gradients and has it fill those. A head with extra dimensions is one
+engine call for each of its positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+from logitless import _core, stats
+from logitless._arrays import torch_code, torch_handle
+from logitless._check import ArgumentError
+from logitless._extras import torch
+from logitless.ops import layout
+
+__all__ = [
+    "BIAS",
+    "DENSE",
+    "INPUT",
+    "SCALE",
+    "WEIGHT",
+    "Call",
+    "backward",
+    "check_device",
+    "forward",
+    "store_bytes",
+]
+
+# Bits of `Call.gradients` and of `backward`'s `wanted`.
+INPUT, WEIGHT, BIAS, SCALE, DENSE = 1, 2, 4, 8, 16
+
+Tensor = torch.Tensor
+Optional = torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """Everything about a call that is not a tensor."""
+
+    core: tuple[str, ...]  # core statistics, in registry order
+    powers: tuple[float, ...]
+    vectors: int
+    topk: int
+    targets: int  # ids a row
+    rows_shape: tuple[int, ...]  # of a per-row field: leading dimensions less shift, positions
+    positions: tuple[int, ...]  # (d1, ..., dK) of the head
+    shift: int
+    ignore_index: int | None
+    logit_scale: float  # unless it is a tensor
+    softcap: float  # 0.0: none
+    memory: int
+    gradients: int
+    dtype: torch.dtype  # of the products; differs from the tensors' own under autocast
+
+    @property
+    def fields(self) -> tuple[tuple[str, int, bool], ...]:
+        """(name, columns, is integer) of every output; columns 0 means one value a row."""
+        return stats.core_fields(self.core, self.powers, self.vectors, self.topk, self.targets)
+
+    @property
+    def accumulation(self) -> torch.dtype:
+        """The dtype of the statistics: float64 for float64, else float32."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    @property
+    def rows(self) -> int:
+        """N, the rows of one position."""
+        return prod(self.rows_shape[: len(self.rows_shape) - len(self.positions)])
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device without an engine."""
+    if device.type in ("cpu", "meta"):
+        return
+    if device.type == "cuda" and hasattr(_core, "cuda_forward"):
+        return
+    raise ArgumentError(
+        f"input.device = {device}: expected a device with an engine (cpu); "
+        "move input, linear_weight and target with .cpu(), or see `logitless info`"
+    )
+
+
+def store_bytes(call: Call, input: Tensor, weight: Tensor) -> int:
+    """Bytes that the forward keeps for the backward: 0 in lean mode and without gradients."""
+    if not call.gradients or call.memory == -1 or call.positions or call.rows == 0:
+        return 0
+    contiguous = input.stride(-1) == 1 and weight.stride(-1) == 1
+    return _plan(call, weight.shape[0], weight.shape[-1], contiguous).store_bytes
+
+
+def forward(
+    call: Call,
+    input: Tensor,  # (..., D)
+    weight: Tensor,  # (V, [d1, ..., dK,] D)
+    bias: Optional,  # (V, [d1, ..., dK])
+    scale: Optional,  # 0-d; None: call.logit_scale
+    dense: Optional,  # (..., V, [d1, ..., dK])
+    ids: Optional,  # (P, N, K) int64, contiguous
+    vectors: Optional,  # (C, V) in the accumulation dtype, contiguous
+) -> tuple[tuple[Tensor, ...], Optional]:
+    """Compute the statistics of a call.
+
+    Returns the core's fields in order, and the store: what `memory` lets the forward keep for the
+    backward, or None.
+    """
+    rows, device = call.rows, input.device
+    positions = list(product(*map(range, call.positions)))
+    count, accumulation = len(positions), call.accumulation
+    outputs = [
+        torch.empty(
+            (count, rows, columns) if columns else (count, rows),
+            dtype=torch.int64 if integer else accumulation,
+            device=device,
+        )
+        for _, columns, integer in call.fields
+    ]
+    store = None
+    if rows:
+        problem = _Problem(call, input, weight, bias, scale, dense, ids, vectors)
+        if size := store_bytes(call, input, weight):
+            store = torch.empty(size, dtype=torch.uint8, device=device)
+        store_handle = None if store is None else torch_handle(store)
+        for index, position in enumerate(positions):
+            _core.forward(
+                *problem.arguments(index, position),
+                tuple(
+                    layout.field_handle(output, index, rows, columns)
+                    for output, (_, columns, _) in zip(outputs, call.fields, strict=True)
+                ),
+                store_handle,
+                problem.plan,
+                torch.get_num_threads(),
+            )
+    return tuple(
+        layout.to_rows(output, call.rows_shape, count, columns)
+        for output, (_, columns, _) in zip(outputs, call.fields, strict=True)
+    ), store
+
+
+def backward(
+    call: Call,
+    wanted: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    scale: Optional,
+    dense: Optional,
+    ids: Optional,
+    vectors: Optional,
+    store: Optional,
+    fields: tuple[Tensor, ...],
+    cotangents: tuple[Optional, ...],
+) -> tuple[Optional, Optional, Optional, Optional, Optional]:
+    """Turn the cotangents of the fields into the wanted gradients.
+
+    Returns those of (input, weight, bias, scale, dense), None where not `wanted`: in the dtype of
+    their tensors, rounded once from the accumulation dtype.
+    """
+    rows, device = call.rows, input.device
+    positions = list(product(*map(range, call.positions)))
+    count, accumulation = len(positions), call.accumulation
+
+    def empty(like: Tensor) -> Tensor:
+        direct = like.dtype in (call.dtype, accumulation)
+        return torch.empty_like(like, dtype=like.dtype if direct else accumulation)
+
+    d_input = d_weight = d_bias = d_scale = d_dense = d_rows = None
+    if wanted & INPUT:
+        # The heads of several positions add up in it, so it then holds the accumulation dtype.
+        dtype = input.dtype if count == 1 and input.dtype is call.dtype else accumulation
+        d_input = torch.empty(input.shape, dtype=dtype, device=device)
+        if call.shift:
+            d_input.narrow(-2, input.shape[-2] - call.shift, call.shift).zero_()
+        d_rows = layout.rows_handle(d_input, call.shift)[1]
+    if wanted & WEIGHT:
+        d_weight = empty(weight)
+    if wanted & BIAS and bias is not None:
+        d_bias = empty(bias)
+    if wanted & SCALE:
+        d_scale = torch.empty((count, 1), dtype=accumulation, device=device)
+    if wanted & DENSE:
+        d_dense = torch.empty((rows, weight.shape[0], count), dtype=accumulation, device=device)
+    if rows:
+        problem = _Problem(call, input, weight, bias, scale, dense, ids, vectors)
+        columns = [c for _, c, _ in call.fields]
+        saved = [
+            layout.to_positions(field, count, c, field.dtype)
+            for field, c in zip(fields, columns, strict=True)
+        ]
+        given = [
+            None if g is None else layout.to_positions(g, count, c, accumulation)
+            for g, c in zip(cotangents, columns, strict=True)
+        ]
+        for index, position in enumerate(positions):
+            _core.backward(
+                *problem.arguments(index, position),
+                tuple(
+                    layout.field_handle(field, index, rows, c)
+                    for field, c in zip(saved, columns, strict=True)
+                ),
+                tuple(
+                    None if g is None else layout.field_handle(g, index, rows, c)
+                    for g, c in zip(given, columns, strict=True)
+                ),
+                None if store is None else torch_handle(store),
+                d_rows,
+                None if d_weight is None else layout.class_handle(d_weight, position),
+                None if d_bias is None else layout.class_handle(d_bias, position),
+                None if d_scale is None else torch_handle(d_scale[index]),
+                None if d_dense is None else torch_handle(d_dense[..., index]),
+                index > 0,
+                problem.plan,
+                torch.get_num_threads(),
+            )
+    else:
+        for gradient in (d_input, d_weight, d_bias, d_scale, d_dense):
+            if gradient is not None:
+                gradient.zero_()
+    if d_scale is not None and scale is not None:
+        d_scale = d_scale.sum().to(dtype=scale.dtype, device=scale.device)
+    if d_dense is not None and dense is not None:
+        d_dense = layout.scatter_dense(d_dense, dense, call.positions, call.shift)
+    return (
+        None if d_input is None else d_input.to(input.dtype),
+        None if d_weight is None else d_weight.to(weight.dtype),
+        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        d_scale,
+        d_dense,
+    )
+
+
+class _Problem:
+    """The inputs of a call as the engine takes them; keeps alive what its handles point into."""
+
+    def __init__(
+        self,
+        call: Call,
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional,
+        scale: Optional,
+        dense: Optional,
+        ids: Optional,
+        vectors: Optional,
+    ) -> None:
+        self.call = call
+        self.rows = call.rows
+        self.spec = stats.core_spec(call.core, call.powers, call.vectors, call.topk, call.targets)
+        self.input, self.input_rows = layout.rows_handle(
+            layout.plain(input, call.dtype), call.shift
+        )
+        self.weight = layout.plain(weight, call.dtype)
+        self.bias = None if bias is None else layout.plain(bias, call.dtype)
+        self.ids = ids
+        self.scale = call.logit_scale if scale is None else float(scale)
+        self.dense = (
+            None
+            if dense is None
+            else layout.dense_rows(dense, self.rows, call.positions, call.shift)
+        )
+        self.vectors = None if vectors is None else torch_handle(vectors)
+        contiguous = self.input_rows[3][2] == 1 and self.weight.stride(-1) == 1
+        self.plan = _plan(call, weight.shape[0], weight.shape[-1], contiguous)
+
+    def arguments(self, index: int, position: tuple[int, ...]) -> tuple[object, ...]:
+        """The leading arguments that the core's forward and backward share."""
+        call = self.call
+        return (
+            self.spec,
+            self.input_rows,
+            layout.class_handle(self.weight, position),
+            None if self.bias is None else layout.class_handle(self.bias, position),
+            None
+            if self.ids is None
+            else layout.field_handle(self.ids, index, self.rows, call.targets),
+            call.ignore_index,
+            self.scale,
+            call.softcap,
+            self.vectors,
+            None if self.dense is None else torch_handle(self.dense[..., index]),
+        )
+
+
+def _plan(call: Call, classes: int, features: int, contiguous: bool) -> _core.Plan:  # noqa: FBT001
+    return _cached_plan(
+        stats.core_spec(call.core, call.powers, call.vectors, call.topk, call.targets),
+        call.rows,
+        features,
+        classes,
+        torch_code(call.dtype),
+        # The store belongs to one head: a head with extra dimensions recomputes.
+        -1 if call.positions else call.memory,
+        call.gradients,
+        contiguous,
+    )
+
+
+@lru_cache(maxsize=256)
+def _cached_plan(*arguments: object) -> _core.Plan:
+    return _core.plan(*arguments)  # type: ignore[arg-type]

@@ -1,0 +1,205 @@
+"""`row_statistics`: differentiable statistics of each row of logits that are never stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from logitless import _check, stats
+from logitless._check import Geometry
+from logitless._extras import torch
+from logitless.ops import autograd, inputs
+from logitless.ops.engine import Call
+from logitless.ops.statistics import RowStatistics
+
+__all__ = ["RowStatistics", "compute", "row_statistics"]
+
+Tensor = torch.Tensor
+
+
+def row_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    want: stats.Want = ("rest", "target"),
+    linear_bias: Tensor | None = None,
+    target_weight: Tensor | None = None,
+    ignore_index: int | None = None,
+    logit_scale: float | Tensor = 1.0,
+    softcap: float | None = None,
+    shift: int = 0,
+    memory: str | int = "lean",
+) -> RowStatistics:
+    """Stream the logits of a linear head over the classes and keep statistics of each row.
+
+    The logits are ``x = logit_scale · input @ linear_weightᵀ + linear_bias`` and
+    ``z = softcap · tanh(x / softcap)``. A tile of them lives in registers, is folded into the
+    statistics and is gone: nothing of size N x V is stored, in the backward neither.
+
+    Parameters
+    ----------
+    input
+        (..., D): any leading dimensions, any strides. float32, bfloat16, float16 or float64.
+    linear_weight
+        (V, D), or (V, d1, ..., dK, D) for a head with extra dimensions; input's dtype.
+    target
+        (..., [d1, ..., dK]) class ids, int64, int32 or uint8; or (..., K) with K ids a row.
+    want
+        Names and `logitless.stats` objects: what to compute. See `logitless.stats`.
+    linear_bias
+        (V, [d1, ..., dK]); input's dtype. A bias of -inf masks a class.
+    target_weight
+        Weights of the K ids, carried along as ``target_weight`` for a loss to use.
+    ignore_index
+        A row whose ids all equal it is skipped; an id that equals it among K is padding.
+        None means -100, as in torch.
+    logit_scale
+        A number or a 0-d tensor, which may require a gradient.
+    softcap
+        A positive number, or None.
+    shift
+        Position t predicts target t + shift: fields have the last axis T - shift.
+    memory
+        "lean"; "fast", which keeps tiles of the forward and makes the backward cheaper; or
+        the number of bytes that may be kept.
+
+    Returns
+    -------
+    RowStatistics
+        Fields of shape ``input.shape[:-1]`` (+ ``(d1, ..., dK)``), float32, or float64 for float64
+        inputs, accumulated in that dtype. Skipped rows hold safe values: 0, ids -1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, dtypes, devices or names that do not fit; both are RuntimeErrors too.
+    IndexError
+        An id outside [0, V) that is not ignore_index, before any work (on the CPU).
+
+    Examples
+    --------
+    >>> s = row_statistics(hidden, head.weight, labels, want=("rest", "target", "entropy"))
+    >>> loss = -torch.nn.functional.logsigmoid(s.target - s.rest).mean() - 0.01 * s.entropy.mean()
+    """
+    geometry = inputs.inspect(input, linear_weight, target, linear_bias, target_weight, shift)
+    if geometry.kind == "probability":
+        raise _check.type_error(
+            "target.dtype",
+            None if target is None else target.dtype,
+            "class ids (an integer dtype)",
+            "dense probabilities go through want=stats.dot(q)",
+        )
+    request = stats.resolve(
+        want, has_target=target is not None, cached=not torch.compiler.is_compiling()
+    )
+    return compute(
+        request,
+        geometry,
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        target_weight=target_weight,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        shift=shift,
+        memory=memory,
+    )
+
+
+def compute(
+    request: stats.Request,
+    geometry: Geometry,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    *,
+    linear_bias: Tensor | None,
+    target_weight: Tensor | None,
+    ignore_index: int | None,
+    logit_scale: float | Tensor,
+    softcap: float | None,
+    shift: int,
+    memory: str | int,
+) -> RowStatistics:
+    """Compute a resolved request on inspected tensors: what `row_statistics` and losses share."""
+    number, scale = inputs.logit_scale(logit_scale)
+    if scale is not None and scale.device != input.device and scale.device.type != "cpu":
+        raise _check.argument_error(
+            "logit_scale.device",
+            scale.device,
+            f"{input.device} or cpu",
+            "move it to input's device",
+        )
+    dtype = inputs.compute_dtype(input)
+    dense = _dense(request, geometry, input)
+    ids = None
+    if target is not None and geometry.targets:
+        ids = inputs.class_ids(target, geometry, shift)
+        if ignore_index is None:
+            ignore_index = inputs.IGNORE_INDEX
+        if target_weight is not None and shift:
+            target_weight = target_weight.narrow(
+                len(geometry.lead) - 1, shift, geometry.lead[-1] - shift
+            )
+    if request.topk:
+        _check.check_topk(request.topk, geometry.classes)
+    call = Call(
+        core=request.core,
+        powers=request.powers,
+        vectors=request.vector_count,
+        topk=request.topk,
+        targets=geometry.targets,
+        rows_shape=geometry.rows_shape,
+        positions=geometry.positions,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=number,
+        softcap=_check.check_softcap(softcap),
+        memory=_check.check_memory(memory),
+        gradients=autograd.gradient_mask(input, linear_weight, linear_bias, scale, dense),
+        dtype=dtype,
+    )
+    vectors = _vectors(request, geometry, call, input)
+    fields = autograd.statistics(
+        call, input, linear_weight, linear_bias, scale, dense, ids, vectors
+    )
+    names = [name for name, _, _ in call.fields]
+    return RowStatistics(
+        dict(zip(names, fields, strict=True)),
+        reading=request.reading,
+        classes=geometry.classes,
+        vectors=vectors,
+        ids=ids,
+        several=geometry.kind == "sparse",
+        ignore_index=ignore_index,
+        target_weight=target_weight,
+    )
+
+
+def _vectors(request: stats.Request, geometry: Geometry, call: Call, input: Tensor) -> Any:
+    """Class vectors as the engine takes them: (C, V), contiguous, in the accumulation dtype."""
+    vectors = request.vectors
+    if vectors is None:
+        return None
+    _check_array("stats.weighted(c): c", vectors, input)
+    _check.check_vectors(tuple(vectors.shape), geometry.classes)
+    if vectors.requires_grad:
+        raise _check.argument_error(
+            "stats.weighted(c): c.requires_grad", True, "False: a constant", "use c.detach()"
+        )
+    return vectors.reshape(-1, geometry.classes).to(call.accumulation).contiguous()
+
+
+def _dense(request: stats.Request, geometry: Geometry, input: Tensor) -> Any:
+    if request.dense is None:
+        return None
+    _check_array("stats.dot(q): q", request.dense, input)
+    expected = (*geometry.lead, geometry.classes, *geometry.positions)
+    _check.check_dense(tuple(request.dense.shape), expected)
+    return request.dense
+
+
+def _check_array(argument: str, array: object, input: Tensor) -> None:
+    inputs.check_float_tensor(argument, array, input.device)
