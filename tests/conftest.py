@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -22,7 +23,6 @@ settings.register_profile(
 settings.register_profile("deep", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-HAS_TORCH = find_spec("torch") is not None
 HAS_BFLOAT16 = find_spec("ml_dtypes") is not None
 
 
@@ -57,10 +57,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _seeds() -> None:
     """Every test starts from the same state of the global generators."""
     np.random.seed(0)
-    if HAS_TORCH:
-        import torch
-
-        torch.manual_seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture

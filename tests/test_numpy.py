@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -617,3 +619,10 @@ def test_more_errors() -> None:
         ln.linear_log_prob(input, weight, GOOD["target"], temperature=0.0)
     with pytest.raises(TypeError, match=r"stats\.dot"):
         ln.row_statistics(input, weight, np.zeros((3, 5)), want="lse")
+
+
+@pytest.mark.parametrize("name", ["_losses", "_statistics", "_readout", "_logsumexp"])
+def test_examples_in_the_documentation(name: str) -> None:
+    failed, attempted = doctest.testmod(import_module(f"logitless.numpy.{name}"))
+    assert attempted > 0
+    assert failed == 0

@@ -14,8 +14,8 @@ from logitless.stats import Statistic, Want, resolve
 
 DEFAULT_GRADIENTS = ("input", "linear_weight", "linear_bias")
 
-# Field to the core's statistics that it is worked out from: with a target, and without one (None: it
-# needs a target).
+# Field to the core's statistics that it is worked out from: with a target, and without one (None:
+# it needs a target).
 _SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...] | None]] = {
     "rest": (("rest",), None),
     "target": (("target",), None),
