@@ -1,7 +1,8 @@
 """The command line: ``logitless info | memory | bench | demo``.
 
-Each command is a module here with one public function of its own name; importing this package imports
-neither typer nor torch, so that a machine without an extra gets a sentence and not a traceback.
+Each command is a module here with one public function of its own name; importing this package
+imports neither typer nor torch, so that a machine without an extra gets a sentence and not a
+traceback.
 """
 
 from __future__ import annotations

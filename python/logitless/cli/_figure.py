@@ -27,7 +27,7 @@ COLOURS = {
 }
 """Colour of each contender: ours warm, everyone else's a shade of slate."""
 
-STYLE = {
+STYLE: Any = {
     "figure.facecolor": "white",
     "figure.dpi": 144,
     "savefig.dpi": 144,

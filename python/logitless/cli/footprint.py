@@ -1,16 +1,17 @@
 """How many bytes each way to a cross entropy holds at its worst moment, computed, not measured.
 
-Letters: N rows, D features, V classes, b bytes of an element. Every method is a short list of moments,
-and a moment a list of what is alive in it beyond the inputs; the peak is the largest moment. The tests
-compare the peaks with measured ones.
+Letters: N rows, D features, V classes, b bytes of an element. Every method is a short list of
+moments, and a moment a list of what is alive in it beyond the inputs; the peak is the largest
+moment. The tests compare the peaks with measured ones.
 
 * ``logitless``: what the engine's own plan says; the same numbers size the allocation.
-* ``eager``: ``F.cross_entropy(F.linear(input, weight), target)``. The forward holds logits and their
+* ``eager``: ``F.cross_entropy(F.linear(input, weight), target)``. The forward holds logits and
+  their
   log-softmax; the backward log-softmax, its gradient and the logits' gradient at once: 3 N V b. The
   gradients of the inputs are made after two of the three are gone.
-* ``chunked``: ``torch.nn.functional.linear_cross_entropy`` with ``LinearCrossEntropyOptions()``. Gradients
-  are made in the forward, chunk by chunk of B rows, B the next power of two of N D / V. With 16-bit inputs
-  on a CPU it also holds the weight and its gradient in fp32.
+* ``chunked``: ``torch.nn.functional.linear_cross_entropy`` with ``LinearCrossEntropyOptions()``.
+  Gradients are made in the forward, chunk by chunk of B rows, B the next power of two of N D / V.
+  With 16-bit inputs on a CPU it also holds the weight and its gradient in fp32.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ class Head:
     def gradients(self) -> Moment:
         """The two gradients that every method must leave behind."""
         return {
-            "gradient of the weight": self.classes * self.features * self.item,
-            "gradient of the input": self.rows * self.features * self.item,
+            "d weight": self.classes * self.features * self.item,
+            "d input": self.rows * self.features * self.item,
         }
 
 
@@ -91,10 +92,10 @@ def eager(head: Head) -> Footprint:
             "forward": {"logits": block, "log-softmax": block},
             "backward of the loss": {
                 "log-softmax": block,
-                "gradient of log-softmax": block,
-                "gradient of the logits": block,
+                "d log-softmax": block,
+                "d logits": block,
             },
-            "backward of the head": {"gradient of the logits": block, **head.gradients},
+            "backward of the head": {"d logits": block, **head.gradients},
         },
     )
 
@@ -108,21 +109,21 @@ def chunked(head: Head) -> Footprint:
     moment: Moment = {}
     if accurate:
         weight = head.classes * head.features * 4
-        moment["logits of a chunk (fp32)"] = block * 4
-        moment["weight in fp32"] = weight
-        moment["gradient of the weight in fp32"] = weight
-        moment["gradient of the input in fp32"] = head.rows * head.features * 4
-        moment["input of a chunk in fp32"] = rows * head.features * 4
+        moment["logits of a chunk"] = block * 4
+        moment["weight, fp32"] = weight
+        moment["d weight, fp32"] = weight
+        moment["d input, fp32"] = head.rows * head.features * 4
+        moment["input of a chunk, fp32"] = rows * head.features * 4
     elif half:
         wide = head.dtype == "bf16"
         moment["logits of a chunk"] = block * (4 if wide else 2)
         moment["their rounded copy"] = block * 2 if wide else 0
-        moment["input of a chunk in fp32"] = rows * head.features * 4
+        moment["input of a chunk, fp32"] = rows * head.features * 4
     else:
         moment["logits of a chunk"] = block * head.item
     gradients = head.gradients
     if accurate:
-        del gradients["gradient of the input"]
+        del gradients["d input"]
     return Footprint("chunked", {"forward": {**moment, **gradients}})
 
 

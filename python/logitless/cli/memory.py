@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from logitless.cli import footprint
@@ -16,9 +17,9 @@ from logitless.cli.footprint import METHODS, Footprint, Head
 
 TITLES = {
     "eager": "eager",
-    "chunked": "chunked torch",
+    "chunked": "chunked",
     "lean": "logitless",
-    "fast": 'logitless\nmemory="fast"',
+    "fast": "fast",
 }
 
 
@@ -56,8 +57,7 @@ def memory(
     if as_json:
         typer.echo(json.dumps(record(head, found, batches, limit), indent=2))
     else:
-        console.print(parts_table(head, found))
-        console.print(summary_table(head, found, batches, limit))
+        console.print(table_of(head, found, batches, limit))
     if plot is not None:
         need("memory --plot", "cli", "matplotlib")
         from logitless.cli._memory_figure import draw
@@ -89,17 +89,20 @@ def record(
     }
 
 
-def parts_table(head: Head, found: dict[str, Footprint]) -> Table:
-    """What is alive at the worst moment of each method, largest parts first."""
+def table_of(
+    head: Head, found: dict[str, Footprint], batches: dict[str, int], budget: int
+) -> Table:
+    """What is alive at the worst moment of each method, largest parts first, and what follows."""
     table = Table(
         title=f"{head.rows} tokens, hidden {head.features}, vocabulary {head.classes}, {head.dtype}"
-        f" on {head.device}: bytes at the worst moment, beyond the inputs",
+        f" on {head.device}\nalive at the worst moment, beyond {bytes_text(head.inputs)} of inputs",
         title_justify="left",
         title_style="bold",
+        box=SIMPLE_HEAD,
     )
-    table.add_column("part")
+    table.add_column("", no_wrap=True)
     for name in found:
-        table.add_column(TITLES[name], justify="right", style=style(name))
+        table.add_column(TITLES[name], justify="right", style=style(name), no_wrap=True)
     sizes: dict[str, int] = {}
     for print_ in found.values():
         for part, size in print_.worst.items():
@@ -109,29 +112,17 @@ def parts_table(head: Head, found: dict[str, Footprint]) -> Table:
         if sizes[part]:
             table.add_row(part, *(bytes_text(size) if size else "" for size in cells))
     table.add_section()
-    table.add_row("peak", *(bytes_text(print_.peak) for print_ in found.values()), style="bold")
-    return table
-
-
-def summary_table(
-    head: Head, found: dict[str, Footprint], batches: dict[str, int], budget: int
-) -> Table:
-    """Peak as a share of eager's, with and without the gradients, and the largest batch."""
-    table = Table(title_justify="left", title_style="bold")
-    table.add_column(f"inputs {bytes_text(head.inputs)}")
-    for name in found:
-        table.add_column(TITLES[name], justify="right", style=style(name))
     base = found["eager"].peak
     gradients = sum(head.gradients.values())
-    table.add_row("peak / eager's", *(share(item.peak / base) for item in found.values()))
+    table.add_row("peak", *(bytes_text(print_.peak) for print_ in found.values()), style="bold")
+    table.add_row("share of eager's", *(share(item.peak / base) for item in found.values()))
     table.add_row(
-        "beyond the gradients / eager's peak",
+        "without gradients",
         *(share(max(0, item.peak - gradients) / base) for item in found.values()),
     )
+    table.add_section()
     table.add_row(
-        f"largest batch in {bytes_text(budget)}",
-        *(f"{batches[name]:,} tokens" for name in found),
-        style="bold",
+        f"tokens in {bytes_text(budget)}", *(f"{batches[name]:,}" for name in found), style="bold"
     )
     return table
 

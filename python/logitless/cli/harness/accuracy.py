@@ -23,7 +23,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Errors:
-    """Absolute error of the loss over max(1, |loss|), relative Frobenius errors of the gradients."""
+    """Error of the loss over max(1, |loss|), relative Frobenius errors of the gradients."""
 
     loss: float
     d_input: float

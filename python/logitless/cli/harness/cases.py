@@ -104,6 +104,9 @@ PRESETS: dict[str, tuple[Case, ...]] = {
     "gpu": _GPU,
     "gpu-edge": _EDGE,
 }
-"""Named lists of cases. ``cpu``: one shape with long rows, one with many features, GPT-2's vocabulary, a
-small batch and a tiny head. ``gpu``: heads of published models at 8192 rows. ``gpu-edge``: one size at a
-time taken to its extremes."""
+"""Named lists of cases.
+
+``cpu``: a plain head, one with many features, GPT-2's vocabulary, a small batch and a tiny head.
+``gpu``: heads of published models at 8192 rows. ``gpu-edge``: one size at a time taken to its
+extremes.
+"""

@@ -1,4 +1,4 @@
-"""``python -m logitless.cli.harness.clean REQUEST``: one memory measurement in a process of its own."""
+"""``python -m logitless.cli.harness.clean REQUEST``: one memory measurement, one process."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Who is measured: the ways to get a cross entropy and its gradients from hidden states and a head.
 
-A contender is a function ``loss(input, weight, target)`` with the mean over rows as its result, made
-lazily so that listing contenders imports none of them. Two yardsticks stand beside them: the matrix
-products alone, which no exact method can avoid.
+A contender is a function ``loss(input, weight, target)`` with the mean over rows as its result,
+made lazily so that listing contenders imports none of them. Two yardsticks stand beside them: the
+matrix products alone, which no exact method can avoid.
 """
 
 from __future__ import annotations

@@ -73,3 +73,17 @@ def settings(prefixes: tuple[str, ...]) -> str:
     """Environment variables that start with one of `prefixes`, or the word default."""
     found = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(prefixes)]
     return " ".join(sorted(found)) or "default"
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on the device, or None where nobody tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    information = Path("/proc/meminfo")
+    if not information.exists():
+        return None
+    for line in information.read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) * 1024
+    return None

@@ -1,9 +1,9 @@
 """Peak memory of one call: what it adds above what was there when it started.
 
-On CUDA the framework's allocator keeps the count. On the CPU the kernel does: the high-water mark of
-the resident set, reset before the call (Linux), read after it. Freed blocks that the C library still
-holds would hide growth, so they are returned first; and the mark is only trusted in a process that has
-done nothing else: `clean_growth` starts one.
+On CUDA the framework's allocator keeps the count. On the CPU the kernel does: the high-water mark
+of the resident set, reset before the call (Linux), read after it. Freed blocks that the C library
+still holds would hide growth, so they are returned first; and the mark is only trusted in a process
+that has done nothing else: `clean_growth` starts one.
 """
 
 from __future__ import annotations
@@ -34,10 +34,8 @@ class PeakMeter:
     device : torch.device
         ``cuda``: bytes of the caching allocator. Otherwise: resident bytes of this process.
 
-    Notes
-    -----
-    Without Linux's resettable mark, `stop` falls back to the growth of ``ru_maxrss``, which is right
-    in a process whose peak so far is its present size.
+    Notes ----- Without Linux's resettable mark, `stop` falls back to the growth of ``ru_maxrss``,
+    which is right in a process whose peak so far is its present size.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,8 +95,8 @@ def return_freed_memory() -> None:
 def clean_growth(case: Case, contender: str, mode: Mode, seed: int = 0) -> int:
     """Peak growth of one call in a fresh process, in bytes; gradients are part of it.
 
-    The child makes the inputs, runs the call once at a tiny size (code, kernels and thread stacks are
-    loaded by it) and then measures one call at full size.
+    The child makes the inputs, runs the call once at a tiny size (code, kernels and thread stacks
+    are loaded by it) and then measures one call at full size.
 
     Raises
     ------

@@ -1,9 +1,9 @@
 """Clocks. Two ways to time the same calls, because they answer different questions.
 
 *Interleaved*: in every round each contender runs once, in random order, and ratios are taken within
-a round. A neighbour on the machine, the clock frequency and the temperature then touch both sides of a
-ratio. *Sustained*: each contender runs alone, back to back, for a while; this is what training sees,
-and on a GPU near its power limit it ranks differently from interleaved calls.
+a round. A neighbour on the machine, the clock frequency and the temperature then touch both sides
+of a ratio. *Sustained*: each contender runs alone, back to back, for a while; this is what training
+sees, and on a GPU near its power limit it ranks differently from interleaved calls.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -48,14 +50,15 @@ class Ratio:
 def timed(step: Step, device: torch.device) -> float:
     """Seconds one call takes, from a quiet device to a quiet device."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(device)
         start.record()
         result = step()
         end.record()
         end.synchronize()
         del result
-        return start.elapsed_time(end) / 1e3
+        return float(start.elapsed_time(end)) / 1e3
     begin = time.perf_counter()
     result = step()
     seconds = time.perf_counter() - begin
@@ -126,10 +129,17 @@ def sustained(
         while len(values) < calls[1] and (
             len(values) < calls[0] or time.perf_counter() - begin < seconds
         ):
-            values.append(timed(lambda: [step() for _ in range(batch)][-1], device) / batch)
+            values.append(timed(partial(repeat, step, batch), device) / batch)
             tick()
         times[name] = values
     return times
+
+
+def repeat(step: Step, count: int) -> Any:
+    """Call a step `count` times and return the last result."""
+    for _ in range(count - 1):
+        step()
+    return step()
 
 
 def spend(step: Step, device: torch.device, seconds: float) -> None:
@@ -166,3 +176,9 @@ def paired_ratio(ours: list[float], theirs: list[float]) -> Ratio:
     count = len(ratios)
     rank = max(0, int(count / 2 - 0.98 * count**0.5))
     return Ratio(statistics.median(ratios), ratios[rank], ratios[count - 1 - rank])
+
+
+def unpaired_ratio(ours: list[float], theirs: list[float]) -> Ratio:
+    """Ratio of medians, with the ratios of opposite quartiles as bounds."""
+    a, b = summarise(ours), summarise(theirs)
+    return Ratio(a.median / b.median, a.lower / b.upper, a.upper / b.lower)

@@ -1,7 +1,7 @@
 """The demo's text: the standard library's own source, a byte-pair vocabulary and batches of tokens.
 
-Every machine that can run the demo has the text, so nothing is downloaded. Test suites are left out:
-some distributions do not ship them, and the corpus should be about the same everywhere.
+Every machine that can run the demo has the text, so nothing is downloaded. Test suites are left
+out: some distributions do not ship them, and the corpus should be about the same everywhere.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def standard_library() -> list[str]:
 
 
 def train_tokenizer(texts: list[str], classes: int) -> Tokenizer:
-    """A byte-level byte-pair vocabulary of `classes` entries (fewer if the text runs out of pairs)."""
+    """A byte-level byte-pair vocabulary of `classes` entries; fewer if pairs run out."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,7 +82,7 @@ class Corpus:
         return int(self.tokenizer.get_vocab_size())
 
     def batches(self, sequences: int, context: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless random windows of the training stream: (inputs, targets), each (sequences, context)."""
+        """Endless random windows of the stream: inputs and targets, each (sequences, context)."""
         generator = torch.Generator().manual_seed(seed)
         last = self.training.numel() - context - 1
         while True:
@@ -117,12 +117,12 @@ def build_corpus(classes: int, say: Callable[[str], None] = lambda _: None) -> C
     say(f"training a byte-pair vocabulary of {classes}")
     tokenizer = train_tokenizer(texts, classes)
     say("encoding")
-    end = tokenizer.token_to_id(END)
+    end = tokenizer.encode(END).ids
     streams: tuple[list[int], list[int]] = ([], [])
     stride = round(1 / HELD_OUT)
     for number, encoding in enumerate(tokenizer.encode_batch(texts)):
         stream = streams[number % stride == stride - 1]
         stream.extend(encoding.ids)
-        stream.append(end)
+        stream.extend(end)
     training, held_out = (torch.tensor(stream) for stream in streams)
     return Corpus(tokenizer, training, held_out, sum(map(len, texts)), len(texts))
