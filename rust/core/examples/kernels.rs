@@ -2,7 +2,7 @@
 //!
 //! The three products at the engine's blocking, then the packers. The engine adds the statistics, the exponentials and
 //! the memory traffic between blocks; what it loses against these numbers is its own doing.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::needless_range_loop)]
 
 #[path = "../src/element.rs"]
 mod element;

@@ -105,14 +105,16 @@ simd!(
     F64x2(__m128d) = 2 x f64: _mm_setzero_pd _mm_loadu_pd _mm_set1_pd mul_add_pd _mm_add_pd _mm_storeu_pd
 );
 
+/// Safe wherever SSE2 is, that is everywhere; `unsafe` like the fused intrinsics that it stands in for.
 #[inline(always)]
-fn mul_add_ps(a: __m128, b: __m128, c: __m128) -> __m128 {
+unsafe fn mul_add_ps(a: __m128, b: __m128, c: __m128) -> __m128 {
     // SAFETY: SSE2 is part of x86-64.
     unsafe { _mm_add_ps(_mm_mul_ps(a, b), c) }
 }
 
+/// Safe wherever SSE2 is, that is everywhere; `unsafe` like the fused intrinsics that it stands in for.
 #[inline(always)]
-fn mul_add_pd(a: __m128d, b: __m128d, c: __m128d) -> __m128d {
+unsafe fn mul_add_pd(a: __m128d, b: __m128d, c: __m128d) -> __m128d {
     // SAFETY: SSE2 is part of x86-64.
     unsafe { _mm_add_pd(_mm_mul_pd(a, b), c) }
 }
