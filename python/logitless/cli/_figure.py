@@ -24,6 +24,8 @@ COLOURS = {
     "products": "#e2e8f0",
     "lean": "#ea580c",
     "fast": "#fb923c",
+    "rl": "#c2410c",
+    "rl-fast": "#f59e0b",
 }
 """Colour of each contender: ours warm, everyone else's a shade of slate."""
 

@@ -84,6 +84,8 @@ class Measurement:
                 result = step()
             except Exception as error:  # a rival's failure is a result, whatever its type
                 row.reason = first_line(error)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 continue
             self.steps[name] = step
             del result
@@ -136,7 +138,7 @@ class Measurement:
         self.say("float64 reference")
         exact = accuracy.reference(self.problem)
         for name, step in self.steps.items():
-            if not isinstance(CONTENDERS[name], Products):
+            if not (isinstance(CONTENDERS[name], Products) or CONTENDERS[name].asked):
                 self.rows[name].error = accuracy.errors(step(), exact)
 
 
@@ -188,11 +190,14 @@ def stages(cases: Sequence[Case], options: Options) -> int:
 
 
 def usable(names: Sequence[str], device: str) -> tuple[str, ...]:
-    """The contenders among `names` (all if empty) that run on a device type, in table order."""
+    """The contenders among `names` that run on a device type, in table order.
+
+    Without names: all that compute the mean cross entropy.
+    """
     return tuple(
         name
         for name, contender in CONTENDERS.items()
-        if (not names or name in names) and runs_on(contender, device)
+        if (name in names if names else not contender.asked) and runs_on(contender, device)
     )
 
 

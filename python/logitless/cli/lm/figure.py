@@ -113,7 +113,7 @@ def draw_memory(axes: Axes, found: dict[str, Any]) -> None:
     longest = max(peaks.values()) or 1
     gradients = found["head gradients bytes"]
     for row, (name, peak) in enumerate(peaks.items()):
-        common = min(gradients, peak)
+        common = min(gradients, peak) if name == "logitless" else 0
         axes.barh(row, common, color=GRID, height=0.6)
         axes.barh(row, peak - common, left=common, color=COLOURS[name], height=0.6)
         text = bytes_text(peak) if peak else "out of memory"
