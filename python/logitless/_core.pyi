@@ -234,6 +234,117 @@ def backward(
         As for `forward`. A gradient that is None is not wanted and costs nothing.
     """
 
+def cross_entropy_forward(
+    input: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    ids: _Tensor,
+    ignore_index: int | None,
+    logit_scale: float,
+    softcap: float,
+    reduction: int,
+    z_loss_weight: float,
+    loss: _Tensor,
+    rest: _Tensor,
+    target: _Tensor,
+    store: _Tensor | None,
+    plan: Plan,
+    threads: int,
+) -> int:
+    """Plain cross entropy in one call: statistics, row losses, reduction.
+
+    With d = rest - target a row's loss is ``log(1 + exp(d)) + z_loss_weight * lse**2``, computed in
+    float64; rows are summed in row order.
+
+    Parameters
+    ----------
+    input, weight, bias, ids, ignore_index, logit_scale, softcap
+        As for `forward`, with ids (N, 1).
+    reduction
+        0 none, 1 mean over the kept rows, 2 sum.
+    z_loss_weight
+        Weight of the squared log-sum-exp; reduced with the loss.
+    loss
+        Output, contiguous, acc dtype: (N,) without reduction (ignored rows 0), else one element.
+    rest, target
+        Outputs (N,) and (N, 1), contiguous, acc dtype: keep them for the backward.
+    store, plan, threads
+        As for `forward`; the plan is made for ``Spec(("rest", "target"), targets=1)``.
+
+    Returns
+    -------
+    int
+        Number of kept rows.
+    """
+
+def cross_entropy_backward(
+    input: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    ids: _Tensor,
+    ignore_index: int | None,
+    logit_scale: float,
+    softcap: float,
+    reduction: int,
+    z_loss_weight: float,
+    rest: _Tensor,
+    target: _Tensor,
+    grad_loss: _Tensor,
+    store: _Tensor | None,
+    d_input: _Tensor | None,
+    d_weight: _Tensor | None,
+    d_bias: _Tensor | None,
+    d_scale: _Tensor | None,
+    plan: Plan,
+    threads: int,
+) -> None:
+    """Gradients of `cross_entropy_forward`.
+
+    Parameters
+    ----------
+    input, weight, bias, ids, ignore_index, logit_scale, softcap, reduction, z_loss_weight
+        Those of the forward.
+    rest, target
+        What the forward wrote.
+    grad_loss
+        Cotangent of the loss, acc dtype, of its shape; any stride, 0 included.
+    store, d_input, d_weight, d_bias, d_scale, plan, threads
+        As for `backward`.
+    """
+
+def logsumexp_pairs(
+    array: _Tensor,
+    weights: _Tensor | None,
+    axes: Sequence[int],
+    maximum: _Tensor,
+    total: _Tensor,
+    merge: bool,
+    threads: int,
+) -> None:
+    """Log-sum-exp over `axes` as pairs: ``sum(w * exp(a)) == total * exp(maximum)``.
+
+    Nothing of the array's size is allocated, and the bits do not depend on `threads`.
+
+    Parameters
+    ----------
+    array
+        Any rank, strides, alignment and float dtype. float64 exponentiates in float64, the others
+        in float32; sums are float64.
+    weights
+        Shape of `array`, any strides, float32 or float64, any sign; or None. An element of weight 0
+        is left out, whatever its value.
+    axes
+        The reduced axes, not negative; none or all of them are fine.
+    maximum, total
+        Outputs, float64, contiguous, one element for each element of the other axes. An empty sum
+        is (-inf, 0); nan is (nan, nan); at a maximum of +inf, total sums the weights of the
+        elements at +inf.
+    merge
+        Continue the pairs that the outputs hold, instead of overwriting them.
+    threads
+        0 for the default.
+    """
+
 def last_workspace_bytes() -> int:
     """Scratch that the last engine call really allocated, in bytes."""
 
@@ -244,7 +355,7 @@ def cpu_level() -> str:
     """Name the level in use: the fastest, or the one that ``LOGITLESS_CPU`` forces."""
 
 def set_num_threads(threads: int) -> None:
-    """Set how many threads an engine call uses by default."""
+    """Set how many threads an engine call uses by default: 1 or more."""
 
 def get_num_threads() -> int:
     """Tell how many threads an engine call uses by default."""
