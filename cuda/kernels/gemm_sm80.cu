@@ -1,6 +1,7 @@
 // gemm_sm80.cu - one instance of the mma.sync mainloop a compilation; the build passes what varies:
 //   NAME, OP (OP_*), DTYPE (DTYPE_BF16 | DTYPE_F16 | DTYPE_F32), MAP (0: scale, 1: bias and softcap too), STAGES, SMEM (dynamic
-//   shared memory that the host will ask for). Tile 128 x 128, 256 threads, grid: any number of CTAs up to the tiles.
+//   shared memory that the host will ask for), TILE_N (256 for halves, 128 for floats).
+// 256 threads; the grid may have any number of CTAs up to the tiles.
 #include "logitless/epilogue/select.cuh"
 #include "logitless/schedule/sm80.cuh"
 
@@ -18,10 +19,11 @@ using Map = Capped;
 using Map = Scaled;
 #endif
 using Op = Operation<OP, Map, 0>;
-using Gemm = Sm80Gemm<Element, typename Op::Epilogue, STAGES, Op::kMajorA, Op::kMajorB>;
+using Config = Sm80Config<Element, TILE_N, TILE_N == 256 ? 64 : 32, STAGES, Op::kMajorA, Op::kMajorB>;
+using Gemm = Sm80Gemm<Config, typename Op::Epilogue>;
 static_assert(SMEM >= Gemm::kSharedBytes, "arch.toml asks for too little shared memory");
 }  // namespace logitless
 
-extern "C" __global__ void __launch_bounds__(256, 2) NAME(const __grid_constant__ logitless::GemmParams p) {
+extern "C" __global__ void __launch_bounds__(256, 1) NAME(const __grid_constant__ logitless::GemmParams p) {
   logitless::Gemm::run(p);
 }

@@ -4,104 +4,104 @@
 //   plane 0   max over R; -inf where R is empty or everything in it is -inf
 //   plane 1   excess = sum over R, one maximum left out, of e^(z - max): 1 + excess is the block's sum, and a peaked row keeps
 //             every digit of it
-//   plane 2   moment = sum over R of (z - max) e^(z - max)
+//   plane 2   moment = sum over R of (z - max) e^(z - max)          kEntropy; without it plane 1 is the sum less 1
 // and with kMoments
 //   plane 3   sum over all of z          plane 4   sum over all of (z - block mean)^2
 //   plane 5   max over all; nan wins     plane 6   its class (bits of an int): the lowest id among equals
-// Every statistic is a pass over registers. The quad of lanes that shares a row agrees on the maximum before the exponentials, so
-// that its sums are plain additions. Blocks merge by statistics/rest.cuh and statistics/moments.cuh.
+// Blocks merge by statistics/rest.cuh, moments.cuh and maximum.cuh.
+//
+// Two passes over the registers: the maximum, agreed upon by the quad of lanes that shares a row, then everything else, so that sums
+// are plain additions. The squares are taken about the maximum and moved to the mean: the maximum is one of the n values, so at most
+// a factor n of cancellation, 1e-5 relative. Straight-line code is the cost here (it does not stay in the instruction cache: a
+// version of one pass a statistic took 1.5 times the time of the product at D = 1024), so the passes share what they can.
 #pragma once
 #include "logitless/epilogue/maps.cuh"
 
 namespace logitless {
 
-template <class Map, bool kMoments>
+template <class Map, bool kEntropy, bool kMoments>
 struct OnlineEpilogue {
+  static_assert(kEntropy || !kMoments, "the moments share the entropy's pass");
   static constexpr int kPanels = 0;
   static constexpr bool kGated = true;
+  static constexpr int kNowhere = 1 << 30;
 
-  // Lowest column offset with z == value, or (nan) with a nan; -1 for none.
+  // Lowest column of a row half with a nan, or kNowhere. Rare: only where a sum came out nan.
   template <int kColumns>
-  static __device__ __forceinline__ int find(const float (&z)[kColumns / 2], const Band& band, const Exceptions& ex, int half,
-                                             float value, bool nan) {
-    int best = 1 << 30;
+  static __device__ __forceinline__ int find_nan(const float (&z)[kColumns / 2], const Band& band, const Exceptions& ex, int half) {
+    int best = kNowhere;
 #pragma unroll
-    for (int i = kColumns / 2 - 1; i >= 0; i--) {
-      if (half_of(i) != half) continue;
-      const bool hit = nan ? z[i] != z[i] : z[i] == value;
-      best = hit && ex.is_class(i) ? offset_of(i) : best;
-    }
-    best = ptx::quad_min(best < (1 << 30) ? best + 2 * (band.lane & 3) : best);
-    return best < (1 << 30) ? best : -1;
-  }
-
-  template <int kColumns, bool kCareful>
-  static __device__ __forceinline__ void moments(const float (&z)[kColumns / 2], const Band& band, const Exceptions& ex) {
-    const float n = static_cast<float>(min(kColumns, band.p.n - band.column));
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float sum = 0.f, top = -infinity();
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; i++) {
-        if (half_of(i) != half || (kCareful && !ex.is_class(i))) continue;
-        sum += z[i];
-        top = fmaxf(top, z[i]);
-      }
-      sum = ptx::quad_sum(sum);
-      top = ptx::quad_max(top);
-      const float mean = sum / n;
-      float spread = 0.f;
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; i++) {
-        if (half_of(i) != half || (kCareful && !ex.is_class(i))) continue;
-        spread = fmaf(z[i] - mean, z[i] - mean, spread);
-      }
-      spread = ptx::quad_sum(spread);
-      int where = find<kColumns>(z, band, ex, half, top, false);
-      if (__any_sync(kFullWarp, sum != sum)) {  // a nan among the logits, or inf - inf
-        const int nan = find<kColumns>(z, band, ex, half, 0.f, true);
-        if (nan >= 0) {
-          where = nan;
-          top = __int_as_float(0x7fffffff);
-        }
-      }
-      band.emit(3, half, sum);
-      band.emit(4, half, spread);
-      band.emit(5, half, top);
-      band.emit(6, half, __int_as_float(band.p.col0 + band.column + (where < 0 ? 0 : where)));
-    }
+    for (int i = kColumns / 2 - 1; i >= 0; i--)
+      if (half_of(i) == half) best = z[i] != z[i] && ex.is_class(i) ? offset_of(i) : best;
+    return ptx::quad_min(best + 2 * (band.lane & 3));
   }
 
   template <int kColumns, bool kCareful>
   static __device__ __forceinline__ void body(const float (&z)[kColumns / 2], const Band& band, const Exceptions& ex) {
+    float top[2] = {-infinity(), -infinity()}, target[2] = {-infinity(), -infinity()};
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; i++) {
+      const int half = half_of(i);
+      top[half] = fmaxf(top[half], kCareful && !ex.is_rest(i) ? -infinity() : z[i]);
+      if (kCareful && kMoments) target[half] = ex.is_target(i) ? z[i] : target[half];
+    }
+    float offset[2], all[2], excess[2] = {0.f, 0.f}, moment[2] = {0.f, 0.f}, ties[2] = {0.f, 0.f}, sum[2] = {0.f, 0.f},
+                             square[2] = {0.f, 0.f};
+    int where[2] = {kNowhere, kNowhere};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float top = -infinity();
+      top[half] = ptx::quad_max(top[half]);
+      all[half] = kCareful && kMoments ? fmaxf(top[half], ptx::quad_max(target[half])) : top[half];
+      offset[half] = fabsf(top[half]) == infinity() ? 0.f : -kLog2e * top[half];  // never inf - inf
+    }
 #pragma unroll
-      for (int i = 0; i < kColumns / 2; i++)
-        if (half_of(i) == half) top = fmaxf(top, kCareful && !ex.is_rest(i) ? -infinity() : z[i]);
-      top = ptx::quad_max(top);
-      const float origin = fabsf(top) == infinity() ? 0.f : top;  // never inf - inf
-      const float offset = -kLog2e * origin;
-      float excess = 0.f, moment = 0.f, ties = 0.f;
-#pragma unroll
-      for (int i = 0; i < kColumns / 2; i++) {
-        if (half_of(i) != half) continue;
-        const float t = fmaf(z[i], kLog2e, offset);
-        float e = ptx::exp2(t);
-        if (kCareful) e = ex.is_rest(i) ? e : 0.f;
-        const bool maximal = z[i] == top && (!kCareful || ex.is_rest(i));
-        ties += maximal ? 1.f : 0.f;
-        excess += maximal ? 0.f : e;
-        moment = fmaf(e, fmaxf(t, -200.f), moment);
+    for (int i = kColumns / 2 - 1; i >= 0; i--) {  // downwards: the last hit is the lowest class
+      const int half = half_of(i);
+      const float t = fmaf(z[i], kLog2e, offset[half]);
+      const bool rest = !kCareful || ex.is_rest(i), exists = !kCareful || ex.is_class(i);
+      const float e = rest ? ptx::exp2(t) : 0.f;
+      if (!kEntropy) {
+        excess[half] += e;
+        continue;
       }
-      ties = ptx::quad_sum(ties);
-      excess = ptx::quad_sum(excess) + fmaxf(ties - 1.f, 0.f);
-      moment = kLn2 * ptx::quad_sum(moment);
-      const bool empty = top == -infinity() && excess == excess;  // nothing but -inf (a nan makes excess nan)
-      band.emit(0, half, top);
-      band.emit(1, half, empty ? 0.f : excess);
-      band.emit(2, half, empty ? 0.f : moment);
+      const bool maximal = z[i] == top[half] && rest;
+      ptx::add_either(maximal, ties[half], 1.f, excess[half], e);
+      moment[half] = fmaf(e, fmaxf(t, -200.f), moment[half]);
+      if (kMoments) {
+        const bool hit = kCareful ? z[i] == all[half] && exists : maximal;
+        where[half] = hit ? offset_of(i) : where[half];
+        sum[half] += exists ? t : 0.f;
+        square[half] = exists ? fmaf(t, t, square[half]) : square[half];
+      }
+    }
+    const float n = static_cast<float>(min(kColumns, band.p.n - band.column));
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float rest = ptx::quad_sum(excess[half]);
+      const float others = kEntropy ? rest + fmaxf(ptx::quad_sum(ties[half]) - 1.f, 0.f) : rest - 1.f;
+      const bool empty = top[half] == -infinity() && others == others;  // nothing but -inf (a nan shows in the sum)
+      band.emit(0, half, top[half]);
+      band.emit(1, half, empty ? 0.f : others);
+      if (kEntropy) {
+        const float weighted = kLn2 * ptx::quad_sum(moment[half]);
+        band.emit(2, half, empty ? 0.f : weighted);
+      }
+      if (kMoments) {
+        const float origin = offset[half] == 0.f ? 0.f : top[half];
+        const float total = kLn2 * ptx::quad_sum(sum[half]), squares = kLn2 * kLn2 * ptx::quad_sum(square[half]);
+        int column = ptx::quad_min(where[half] + 2 * (band.lane & 3));
+        if (__any_sync(kFullWarp, total != total)) {  // a nan among the logits, or inf - inf
+          const int nan = find_nan<kColumns>(z, band, ex, half);
+          if (nan < kNowhere) {
+            column = nan;
+            all[half] = __int_as_float(0x7fffffff);
+          }
+        }
+        band.emit(3, half, fmaf(n, origin, total));
+        band.emit(4, half, fmaxf(fmaf(-total, total / n, squares), 0.f) + (total - total));  // fmaxf drops a nan: put it back
+        band.emit(5, half, all[half]);
+        band.emit(6, half, __int_as_float(band.p.col0 + band.column + (column < kNowhere ? column : 0)));
+      }
     }
   }
 
@@ -116,10 +116,6 @@ struct OnlineEpilogue {
     const Exceptions ex = Exceptions::find<kColumns>(band);
     if (ex.any) body<kColumns, true>(acc, band, ex);
     else body<kColumns, false>(acc, band, ex);
-    if (kMoments) {
-      if (band.ragged(kColumns)) moments<kColumns, true>(acc, band, ex);
-      else moments<kColumns, false>(acc, band, ex);
-    }
   }
 };
 

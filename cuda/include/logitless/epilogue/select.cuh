@@ -3,7 +3,8 @@
 //   operation      A, B            D      epilogue
 //   rest           E, W            -      sums of exponentials against the target's logit
 //   rest_entropy   E, W            -      + their first moment
-//   online         E, W            -      maximum, sum, moment a class block; no reference (repairs, rows without a target)
+//   online_rest    E, W            -      maximum and sum a class block; no reference
+//   online         E, W            -      + moment (entropy)
 //   statistics     E, W            -      + sum, squares, maximum and its class
 //   store_exp      E, W            half   `rest`, and the exponentials
 //   gradient_ce    E, W            half   G from a, e
@@ -33,9 +34,11 @@ struct Operation<OP_REST, Map, kPanels> : OperationOf<RestEpilogue<Map, false, f
 template <class Map, int kPanels>
 struct Operation<OP_REST_ENTROPY, Map, kPanels> : OperationOf<RestEpilogue<Map, true, false, 0>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_ONLINE, Map, kPanels> : OperationOf<OnlineEpilogue<Map, false>, 0, 0> {};
+struct Operation<OP_ONLINE_REST, Map, kPanels> : OperationOf<OnlineEpilogue<Map, false, false>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_STATISTICS, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true>, 0, 0> {};
+struct Operation<OP_ONLINE, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, false>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_STATISTICS, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, true>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_STORE_EXP, Map, kPanels> : OperationOf<RestEpilogue<Map, false, true, kPanels>, 0, 0> {};
 template <class Map, int kPanels>

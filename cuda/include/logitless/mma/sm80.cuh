@@ -1,14 +1,15 @@
 // sm80.cuh - operand tiles in shared memory and the warp product of mma.sync, for 16-bit and 32-bit elements.
 //
-// A stage holds 64 bytes of K (32 halves or 16 floats) of 128 rows of MN. Lines are 16-byte chunks:
+// A stage holds 64 bytes of K (32 halves or 16 floats) of kRows rows of MN. Lines are 16-byte chunks:
 //   K-major   row mn of 64 bytes; chunk c at c ^ ((mn >> 1) & 3): the 8 rows of an ldmatrix fall into 8 different chunks
-//   MN-major  row k of 128 elements; halves: chunk c at c ^ (k & 7), read by ldmatrix.trans
+//   MN-major  row k of kRows elements; halves: chunk c at c ^ (k & 7), read by ldmatrix.trans
 //             floats: chunk c at c ^ 2 (k & 3), read word by word: 4 k x 8 mn are 32 different banks
 //
 // Float operands are split into two TF32 numbers, x = high + low exactly to 2^-23: high high + high low + low high keeps fp32's
 // accuracy at a third of the TF32 rate. GemmParams.reserved = 1 asks for the first product alone (torch's "high").
 #pragma once
 #include "logitless/mma/sm90.cuh"
+#include "logitless/params.cuh"
 #include "logitless/ptx/mma.cuh"
 
 namespace logitless {
@@ -16,7 +17,6 @@ namespace logitless {
 template <class Element, int kMajor, int kRows>
 struct Sm80Operand {
   static constexpr int kSize = Element::kBytes;
-  static constexpr int kDepthElements = 64 / kSize;  // K of a stage
   static constexpr int kBytes = kRows * 64;
   static constexpr int kLine = kMajor == kMajorK ? 64 : kRows * kSize;  // bytes of a row in shared memory
   static constexpr int kPerChunk = 16 / kSize;
@@ -26,44 +26,75 @@ struct Sm80Operand {
     return row * kLine + mixed * 16;
   }
 
-  // The thread's share of a stage: operand as stored, `inner` elements of the contiguous dimension and `outer` of the other exist.
+  // -- global to shared: each thread copies the same chunk of kPasses lines, whose swizzle is the same -------------------------
   template <int kThreads>
-  static __device__ __forceinline__ void load(u32 dst, const void* x, i64 pitch, int outer0, int inner0, int outer, int inner,
-                                              int thread) {
-    constexpr int kChunks = kLine / 16;
-#pragma unroll
-    for (int i = 0; i < kBytes / 16 / kThreads; i++) {
-      const int id = thread + i * kThreads, row = id / kChunks, chunk = id % kChunks;
-      const int o = outer0 + row, e = inner0 + chunk * kPerChunk;
-      const int live = o < outer ? min(max(inner - e, 0), kPerChunk) : 0;
-      const char* src = static_cast<const char*>(x) + (live ? (o * pitch + e) * kSize : 0);
-      ptx::copy_async(dst + at(row, chunk), src, live * kSize);
-    }
-  }
+  struct Loader {
+    static constexpr int kChunks = kLine / 16, kLines = kThreads / kChunks, kPasses = kBytes / 16 / kThreads;
+    static_assert(kLines % 8 == 0, "a pass keeps the swizzle");
+    const char* source;  // of pass 0 and k = 0
+    i64 step;            // bytes from a pass to the next
+    u32 target;
+    int line, inner;     // K-major: live lines; MN-major: first k. inner: elements from this chunk to the end of the line
+    i64 advance;         // bytes of one element of k
 
-  // Fragments of step s (32 bytes of K): of 16 rows as the left operand, or of two groups of 8 rows as the right one.
-  static __device__ __forceinline__ void left(u32 (&r)[4], u32 base, int row, int s, int lane) {
+    // `rows` of MN and `depth` of K exist; mn: first row of the tile.
+    __device__ __forceinline__ Loader(const void* x, i64 pitch, int mn, int rows, int depth, int thread) {
+      const int l = thread / kChunks, chunk = thread % kChunks;
+      target = at(l, chunk);
+      step = pitch * kLines * kSize;
+      if (kMajor == kMajorK) {
+        line = 0;
+#pragma unroll
+        for (int i = 0; i < kPasses; i++) line |= (mn + l + i * kLines < rows ? 1 : 0) << i;
+        inner = depth - chunk * kPerChunk;
+        advance = kSize;
+        source = static_cast<const char*>(x) + (static_cast<i64>(mn + l) * pitch + chunk * kPerChunk) * kSize;
+      } else {
+        line = l;
+        inner = min(max(rows - mn - chunk * kPerChunk, 0), kPerChunk) * kSize;
+        advance = pitch * kSize;
+        source = static_cast<const char*>(x) + (l * pitch + mn + chunk * kPerChunk) * kSize;
+      }
+    }
+    __device__ __forceinline__ void load(u32 stage, int k, int depth) const {
+      const char* from = source + k * advance;
+      const int live = min(max(inner - k, 0), kPerChunk) * kSize;  // K-major
+#pragma unroll
+      for (int i = 0; i < kPasses; i++) {
+        const int bytes = kMajor == kMajorK ? ((line >> i) & 1 ? live : 0) : (k + line + i * kLines < depth ? inner : 0);
+        ptx::copy_async(stage + target + i * kLines * kLine, from + i * step, bytes);
+      }
+    }
+  };
+
+  // -- shared to registers ----------------------------------------------------------------------------------------------------
+  // Fragment i (16 rows of MN) of step s (32 bytes of K). `lane_offset` is computed once a kernel: what i and s add to it is a
+  // constant, or flips bits that nothing else touches.
+  static __device__ __forceinline__ u32 left_offset(int row, int lane) {
+    if (kMajor == kMajorK) return at(row + (lane & 15), lane >> 4);
+    if (kSize == 2) return at((lane & 7) + 8 * (lane >> 4), row / 8 + ((lane >> 3) & 1));
+    return row;  // floats: addressed word by word
+  }
+  static __device__ __forceinline__ u32 right_offset(int row, int lane) {
+    if (kMajor == kMajorK) return at(row + (lane & 7) + 8 * (lane >> 4), (lane >> 3) & 1);
+    if (kSize == 2) return at(lane & 15, row / 8 + (lane >> 4));
+    return row;
+  }
+  // left: matrices (mn 0-7, k low), (mn 8-15, k low), (mn 0-7, k high), (mn 8-15, k high); right: low and high of mn 0-7 first.
+  template <bool kLeft>
+  static __device__ __forceinline__ void fragment(u32 (&r)[4], u32 base, u32 lane_offset, int i, int s, int lane) {
     if (kMajor == kMajorK) {
-      ptx::ldmatrix_x4(r, base + at(row + (lane & 15), 2 * s + (lane >> 4)));
-    } else if (kSize == 2) {  // matrices: (m 0-7, k 0-7), (m 8-15, k 0-7), (m 0-7, k 8-15), (m 8-15, k 8-15)
-      ptx::ldmatrix_x4_transposed(r, base + at(16 * s + (lane & 7) + 8 * (lane >> 4), row / 8 + ((lane >> 3) & 1)));
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; i++) r[i] = word(base, row + (lane >> 2) + 8 * (i & 1), 8 * s + (lane & 3) + 4 * (i >> 1));
-    }
-  }
-  static __device__ __forceinline__ void right(u32 (&r)[4], u32 base, int row, int s, int lane) {
-    if (kMajor == kMajorK) {  // (n 0-7, k low), (n 0-7, k high), (n 8-15, k low), (n 8-15, k high)
-      ptx::ldmatrix_x4(r, base + at(row + (lane & 7) + 8 * (lane >> 4), 2 * s + ((lane >> 3) & 1)));
+      ptx::ldmatrix_x4(r, base + (lane_offset ^ (32 * s)) + i * 16 * kLine);
     } else if (kSize == 2) {
-      ptx::ldmatrix_x4_transposed(r, base + at(16 * s + (lane & 15), row / 8 + (lane >> 4)));
+      ptx::ldmatrix_x4_transposed(r, base + (lane_offset ^ (32 * i)) + s * 16 * kLine);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; i++) r[i] = word(base, row + (lane >> 2) + 8 * (i >> 1), 8 * s + (lane & 3) + 4 * (i & 1));
+      for (int j = 0; j < 4; j++) {
+        const int high_row = kLeft ? j & 1 : j >> 1, high_k = kLeft ? j >> 1 : j & 1;
+        const int mn = lane_offset + 16 * i + (lane >> 2) + 8 * high_row, k = 8 * s + (lane & 3) + 4 * high_k;
+        r[j] = ptx::load_shared(base + at(k, mn / 4) + (mn % 4) * 4);
+      }
     }
-  }
-  static __device__ __forceinline__ u32 word(u32 base, int mn, int k) {
-    return ptx::load_shared(base + at(k, mn / 4) + (mn % 4) * 4);
   }
 };
 

@@ -1,15 +1,18 @@
 // sm80.cuh - the mainloop for everything that has mma.sync: D[M, N] = epilogue(A[M, K] B[N, K]^T).
 //
-//   CTA     256 threads, tile 128 x 128; 8 warps as 4 (M) x 2 (N), 32 x 64 each: 64 accumulators a thread, two CTAs an SM.
-//   Ring    kStages x (A, B: 128 rows x 64 bytes of K) filled by cp.async, 16 KB a stage: 3 stages = 48 KB, so that two CTAs fit
-//           the 99 KB parts (sm_86, 89, 120).
-//   Operands need pointers and pitches that are multiples of 16 bytes; every extent may be ragged (zero fill).
+//   CTA     256 threads, 8 warps of kWarpM x 64. Halves: tile 128 x 256 of 64 x 64 warps (2 x 4), 128 accumulators a thread, one CTA
+//           an SM: 4096 bytes of fragments for 64 x 64 x 16 products keep the shared-memory port below the tensor pipe; 32 x 64 warps
+//           need 50% more and ran at 250 TFLOP/s on an H200. Floats: 128 x 128 of 32 x 64 warps (4 x 2): the products take three times
+//           as long.
+//   Ring    kStages x 64 bytes of K of the tile's rows, by cp.async: 4 x 24 KB = 96 KB fit the 99 KB parts (sm_86, 89, 120).
+//   Registers  fragments of the next step are loaded before the products of this one.
+//   Operands   pointers and pitches are multiples of 16 bytes; every extent may be ragged (zero fill).
 //
 // Barriers and the race each prevents
-//   copy_wait + __syncthreads  before a stage is read: every thread's copies into it have landed, for every thread. The same barrier
-//                              says that all warps are done with the stage of the previous k-block, which is the one the next copies
-//                              overwrite: one barrier a k-block.
-//   __syncthreads after a tile  the next tile's first copies must not overtake the slowest warp's last products.
+//   copy_wait + __syncthreads, once a k-block, before the first fragments of the next stage are read: every thread's copies into it
+//     have landed, for every thread; and every warp has the last fragments of this stage in registers, so that the copies issued
+//     after it may overwrite it.
+//   __syncthreads after a tile: the next tile's first copies must not overtake a warp that still reads ahead.
 //
 // A class block (index of the partials) is one warp's 64 columns.
 #pragma once
@@ -20,56 +23,81 @@
 
 namespace logitless {
 
-template <class Element, class Epilogue, int kStages, int kMajorA, int kMajorB>
+template <class Element_, int kTileN_, int kWarpM_, int kStages_, int kMajorA_, int kMajorB_>
+struct Sm80Config {
+  using Element = Element_;
+  static constexpr int kTileM = 128, kTileN = kTileN_, kWarpM = kWarpM_, kStages = kStages_;
+  static constexpr int kMajorA = kMajorA_, kMajorB = kMajorB_;
+};
+
+template <class Config, class Epilogue>
 struct Sm80Gemm {
-  static constexpr int kTile = 128, kThreads = 256, kWarpM = 32, kWarpN = 64;
-  using A = Sm80Operand<Element, kMajorA, kTile>;
-  using B = Sm80Operand<Element, kMajorB, kTile>;
-  static constexpr int kBlock = A::kDepthElements;  // K of a stage
+  using Element = typename Config::Element;
+  static constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN, kStages = Config::kStages;
+  static constexpr int kThreads = 256, kWarpM = Config::kWarpM, kWarpN = 64, kWarpsN = kTileN / kWarpN;
+  static_assert(kTileM / kWarpM * kWarpsN == kThreads / 32, "eight warps cover the tile");
+  using A = Sm80Operand<Element, Config::kMajorA, kTileM>;
+  using B = Sm80Operand<Element, Config::kMajorB, kTileN>;
+  using LoaderA = typename A::template Loader<kThreads>;
+  using LoaderB = typename B::template Loader<kThreads>;
+  static constexpr int kBlock = 64 / Element::kBytes;  // K of a stage
   static constexpr int kStageBytes = A::kBytes + B::kBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-  using Tiles = Raster<kTile, kTile, Epilogue::kGated>;
+  static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 16;
+  using Tiles = Raster<kTileM, kTileN, Epilogue::kGated>;
 
-  static __device__ __forceinline__ void load(const GemmParams& p, u32 stage, int m, int n, int k, int rows, int depth) {
-    const int t = threadIdx.x;
-    if (kMajorA == kMajorK) A::template load<kThreads>(stage, p.a, p.lda, m, k, rows, depth, t);
-    else A::template load<kThreads>(stage, p.a, p.lda, k, m, depth, p.m, t);
-    if (kMajorB == kMajorK) B::template load<kThreads>(stage + A::kBytes, p.b, p.ldb, n, k, p.n, depth, t);
-    else B::template load<kThreads>(stage + A::kBytes, p.b, p.ldb, k, n, depth, p.n, t);
+  struct Fragments {
+    u32 a[kFragmentsM][4], b[kFragmentsN][4];
+  };
+  struct Offsets {
+    u32 a, b;
+    int lane;
+  };
+
+  static __device__ __forceinline__ void read(Fragments& f, u32 stage, const Offsets& at, int s) {
+#pragma unroll
+    for (int i = 0; i < kFragmentsM; i++) A::template fragment<true>(f.a[i], stage, at.a, i, s, at.lane);
+#pragma unroll
+    for (int j = 0; j < kFragmentsN; j++) B::template fragment<false>(f.b[j], stage + A::kBytes, at.b, j, s, at.lane);
   }
 
-  static __device__ __forceinline__ void multiply(float (&acc)[2][kWarpN / 2], const GemmParams& p, u32 shared, int m, int n,
-                                                  int warp_m, int warp_n, int lane, int rows, int depth) {
+  static __device__ __forceinline__ void multiply(float (&acc)[kFragmentsM][kWarpN / 2], const LoaderA& load_a,
+                                                  const LoaderB& load_b, const Offsets& at, u32 shared, int depth, bool single) {
     const int blocks = ceil_div(depth, kBlock);
-    const bool single = p.reserved & 1;
-#pragma unroll
-    for (int s = 0; s < kStages - 1; s++) {
-      if (s < blocks) load(p, shared + s * kStageBytes, m, n, s * kBlock, rows, depth);
+    auto fill = [&](int kb, int slot) {
+      if (kb < blocks) {
+        load_a.load(shared + slot * kStageBytes, kb * kBlock, depth);
+        load_b.load(shared + slot * kStageBytes + A::kBytes, kb * kBlock, depth);
+      }
       ptx::copy_commit();
-    }
-    int stage = 0, fill = kStages - 1;
+    };
+#pragma unroll
+    for (int s = 0; s < kStages - 1; s++) fill(s, s);
+    ptx::copy_wait<kStages - 2>();
+    __syncthreads();
+    Fragments f[2];
+    read(f[0], shared, at, 0);
+    int stage = 0, free = kStages - 1;
 #pragma unroll 1
     for (int kb = 0; kb < blocks; kb++) {
-      ptx::copy_wait<kStages - 2>();
-      __syncthreads();
-      if (kb + kStages - 1 < blocks) load(p, shared + fill * kStageBytes, m, n, (kb + kStages - 1) * kBlock, rows, depth);
-      ptx::copy_commit();
-      const u32 a = shared + stage * kStageBytes, b = a + A::kBytes;
+      fill(kb + kStages - 1, free);
+      free = stage;
+      const int next = stage + 1 == kStages ? 0 : stage + 1;
 #pragma unroll
-      for (int s = 0; s < 2; s++) {  // 32 bytes of K each
-        u32 left[2][4];
-#pragma unroll
-        for (int i = 0; i < 2; i++) A::left(left[i], a, warp_m * kWarpM + 16 * i, s, lane);
-#pragma unroll
-        for (int j = 0; j < kWarpN / 16; j++) {
-          u32 right[4];
-          B::right(right, b, warp_n * kWarpN + 16 * j, s, lane);
-#pragma unroll
-          for (int i = 0; i < 2; i++) Sm80Mma<Element>::mma(&acc[i][8 * j], left[i], right, single);
+      for (int s = 0; s < 2; s++) {
+        if (s == 0) {
+          read(f[1], shared + stage * kStageBytes, at, 1);
+        } else {
+          ptx::copy_wait<kStages - 2>();
+          __syncthreads();
+          read(f[0], shared + next * kStageBytes, at, 0);  // past the last block: stale, unused
         }
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; i++)
+#pragma unroll
+          for (int j = 0; j < kFragmentsN; j++) Sm80Mma<Element>::mma(&acc[i][8 * j], f[s].a[i], f[s].b[j], single);
       }
-      stage = stage + 1 == kStages ? 0 : stage + 1;
-      fill = fill + 1 == kStages ? 0 : fill + 1;
+      stage = next;
     }
     ptx::copy_wait<0>();
     __syncthreads();
@@ -79,27 +107,31 @@ struct Sm80Gemm {
     extern __shared__ __align__(128) unsigned char shared_raw[];
     const u32 shared = ptx::shared_address(shared_raw);
     const int warp = __shfl_sync(kFullWarp, threadIdx.x / 32, 0), lane = threadIdx.x & 31;
-    const int warp_m = warp >> 1, warp_n = warp & 1;
+    const int warp_m = warp / kWarpsN, warp_n = warp % kWarpsN;
 
     const int count = p.count ? __ldg(p.count) : -1;
     const int rows = count >= 0 && !p.count_is_k ? count : p.m;
     const int depth = count >= 0 && p.count_is_k ? count : p.k;
+    const Offsets at{A::left_offset(warp_m * kWarpM, lane), B::right_offset(warp_n * kWarpN, lane), lane};
     const Tiles tiles(p, rows);
     const int total = tiles.tiles();
     DirectStore<Element> store(p, rows, lane);
 #pragma unroll 1
     for (int t = blockIdx.x; t < total; t += gridDim.x) {
       const Tile tile = tiles(t);
-      const int m = tile.row_block * kTile, n = tile.column_block * kTile;
-      float acc[2][kWarpN / 2];
+      const int m = tile.row_block * kTileM, n = tile.column_block * kTileN;
+      float acc[kFragmentsM][kWarpN / 2];
 #pragma unroll
-      for (int i = 0; i < kWarpN; i++) acc[i / (kWarpN / 2)][i % (kWarpN / 2)] = 0.f;
-      multiply(acc, p, shared, m, n, warp_m, warp_n, lane, rows, depth);
+      for (int f = 0; f < kFragmentsM; f++)
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        store.row = m + warp_m * kWarpM + 16 * i;
-        const Band band{p, rows, store.row, n + warp_n * kWarpN, 2 * tile.column_block + warp_n, lane};
-        if (band.column < p.n) Epilogue::template run<kWarpN>(acc[i], band, store);
+        for (int i = 0; i < kWarpN / 2; i++) acc[f][i] = 0.f;
+      multiply(acc, LoaderA(p.a, p.lda, m, rows, depth, threadIdx.x), LoaderB(p.b, p.ldb, n, p.n, depth, threadIdx.x), at, shared,
+               depth, p.reserved & 1);
+#pragma unroll
+      for (int f = 0; f < kFragmentsM; f++) {
+        store.row = m + warp_m * kWarpM + 16 * f;
+        const Band band{p, rows, store.row, n + warp_n * kWarpN, kWarpsN * tile.column_block + warp_n, lane};
+        if (band.column < p.n) Epilogue::template run<kWarpN>(acc[f], band, store);
       }
     }
   }
