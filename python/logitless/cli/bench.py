@@ -185,7 +185,7 @@ def grouped(rows: list[Row]) -> list[list[Row]]:
 
 
 def group_table(rows: list[Row], options: Options) -> Table:
-    """One case and mode: a line a contender; d input and d weight are errors against float64."""
+    """One case and mode: a line a contender; err: of the gradients, against float64."""
     from logitless.cli.harness.contenders import OURS
 
     case, mode = rows[0].case, rows[0].mode
@@ -194,10 +194,10 @@ def group_table(rows: list[Row], options: Options) -> Table:
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     table.add_column("", no_wrap=True)
-    for name in ("median", "spread", "x eager", "95%", "peak", "d input", "d weight"):
+    for name in ("median", "spread", "x eager", "95%", "peak", "err dE", "err dW"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         label = f"logitless {row.contender}" if row.contender in OURS else row.contender
@@ -230,7 +230,7 @@ def markdown_table(rows: list[Row], machine: dict[str, str], command: str) -> st
     from logitless.cli.harness.contenders import OURS
 
     lines = [f"`{command}`", "", *(f"* {name}: {value}" for name, value in machine.items()), ""]
-    lines.append("| N x D x V | work | | median | x eager (95%) | peak | error d input, d weight |")
+    lines.append("| N x D x V | work | | median | x eager (95%) | peak | error of dE, dW |")
     lines.append("|---|---|---|---|---|---|---|")
     for row in rows:
         name = f"**logitless {row.contender}**" if row.contender in OURS else row.contender

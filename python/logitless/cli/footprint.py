@@ -138,7 +138,7 @@ def chunk_rows(head: Head, accurate: bool) -> int:  # noqa: FBT001 - private to 
 
 
 def logitless(head: Head, memory: str) -> Footprint:
-    """The engine's plan for cross entropy with both gradients."""
+    """The engine's plan for cross entropy with both gradients, on as many threads as are set."""
     spec = _core.Spec(("rest", "target"), targets=1)
     plan = _core.plan(
         spec,
@@ -149,15 +149,26 @@ def logitless(head: Head, memory: str) -> Footprint:
         _MEMORY[memory],
         _INPUT_AND_WEIGHT,
     )
-    statistics = {"row statistics": 2 * head.rows * (8 if head.dtype == "fp64" else 4)}
-    kept = {"stored logit tiles": plan.store_bytes}
-    return Footprint(
-        memory,
-        {
-            "forward": {"scratch": plan.forward_bytes, **kept, **statistics},
-            "backward": {"scratch": plan.backward_bytes, **kept, **statistics, **head.gradients},
+    common = {
+        "scratch of the threads": _core.get_num_threads() * plan.threads_bytes,
+        "stored logits": plan.store_bytes,
+        "row statistics": 2 * head.rows * (8 if head.dtype == "fp64" else 4),
+    }
+    moments = {
+        "forward": {**shares(plan.parts, "forward.", plan.forward_bytes), **common},
+        "backward": {
+            **shares(plan.parts, "backward.", plan.backward_bytes),
+            **common,
+            **head.gradients,
         },
-    )
+    }
+    return Footprint(memory, moments)
+
+
+def shares(parts: dict[str, int], prefix: str, total: int) -> Moment:
+    """The parts of a plan under one prefix; what rounding to cache lines adds is one more."""
+    found = {name: size for name, size in parts.items() if name.startswith(prefix)}
+    return {**found, "alignment": total - sum(found.values())}
 
 
 METHODS: dict[str, Callable[[Head], Footprint]] = {

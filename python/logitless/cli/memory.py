@@ -21,6 +21,8 @@ TITLES = {
     "lean": "logitless",
     "fast": "fast",
 }
+SMALL = 1e-3
+"""Share of the largest part below which a part gets no line of its own."""
 
 
 class Dtype(str, Enum):
@@ -107,10 +109,12 @@ def table_of(
     for print_ in found.values():
         for part, size in print_.worst.items():
             sizes[part] = max(size, sizes.get(part, 0))
-    for part in sorted(sizes, key=lambda part: -sizes[part]):
-        cells = (print_.worst.get(part, 0) for print_ in found.values())
-        if sizes[part]:
-            table.add_row(part, *(bytes_text(size) if size else "" for size in cells))
+    largest = max(sizes.values())
+    named = [part for part in sizes if sizes[part] > SMALL * largest]
+    for part in sorted(named, key=lambda part: -sizes[part]):
+        table.add_row(part, *(blank_or_bytes(each.worst.get(part, 0)) for each in found.values()))
+    rest = [each.peak - sum(each.worst.get(part, 0) for part in named) for each in found.values()]
+    table.add_row("smaller parts", *(blank_or_bytes(size) for size in rest))
     table.add_section()
     base = found["eager"].peak
     gradients = sum(head.gradients.values())
@@ -125,6 +129,11 @@ def table_of(
         f"tokens in {bytes_text(budget)}", *(f"{batches[name]:,}" for name in found), style="bold"
     )
     return table
+
+
+def blank_or_bytes(size: int) -> str:
+    """Bytes, or nothing for none."""
+    return bytes_text(size) if size else ""
 
 
 def share(value: float) -> str:
