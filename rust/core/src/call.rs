@@ -124,7 +124,10 @@ impl Problem {
             return Err(Error::Value {
                 argument: "plan",
                 value: format!("{:?}", (plan.rows, plan.features, plan.classes, plan.dtype)),
-                expected: format!("one made for {:?}", (rows, features, classes, self.input.dtype())),
+                expected: format!(
+                    "one made for {:?}",
+                    (rows, features, classes, self.input.dtype())
+                ),
             });
         }
         self.check_ids(classes)

@@ -424,14 +424,9 @@ impl<K: Kernel> Pass<'_, K> {
             maps: &self.operands.maps,
             bias,
             targets: within(self.keys(panel), |&key| key, first, first + classes),
-            write_target: |key: Key, value: K::Acc| {
-                if let (Some(target), Some(ids)) = (self.target, &self.operands.ids)
-                    && let Some(row) = self.rows.panel(place).nth(key.lane())
-                {
-                    // SAFETY: every target logit is written once, by the tile that holds it.
-                    unsafe { *target.at(row * ids.columns + key.column()) = value };
-                }
-            },
+            target: self.target.map(|start| (start, self.spec.targets())),
+            rows: self.rows,
+            place,
             vectors: self.operands.vectors,
             dense: dense.as_ref(),
         });
@@ -457,7 +452,7 @@ impl<K: Kernel> Pass<'_, K> {
 }
 
 /// One tile into the states.
-struct Absorb<'a, A, W> {
+struct Absorb<'a, A> {
     z: &'a mut [[A; LANES]],
     exps: &'a mut [[A; LANES]],
     first: usize,
@@ -466,28 +461,45 @@ struct Absorb<'a, A, W> {
     maps: &'a Maps<A>,
     bias: &'a [A],
     targets: &'a [Key],
-    write_target: W,
+    /// The output of the target logits, with its columns.
+    target: Option<(Shared<A>, usize)>,
+    rows: Rows<'a>,
+    /// The panel.
+    place: usize,
     vectors: Vectors<A>,
     dense: Option<&'a DensePanel>,
 }
 
-impl<A: Real, W: Fn(Key, A)> Vectorize for Absorb<'_, A, W> {
+impl<A: Real> Absorb<'_, A> {
+    /// Puts target logits out and takes their classes out of the tile.
+    fn take_targets(&mut self) {
+        if let Some((target, columns)) = self.target {
+            for key in self.targets {
+                // Read before anything is taken out: two columns may name one class.
+                let value = self.z[key.class() - self.first][key.lane()];
+                if let Some(row) = self.rows.panel(self.place).nth(key.lane()) {
+                    // SAFETY: every target logit is written once, by the tile that holds it.
+                    unsafe { *target.at(row * columns + key.column()) = value };
+                }
+            }
+        }
+        for key in self.targets {
+            self.z[key.class() - self.first][key.lane()] = A::NEG_INFINITY;
+        }
+    }
+}
+
+impl<A: Real> Vectorize for Absorb<'_, A> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const FMA: bool>(self) {
+    fn run<const FMA: bool>(mut self) {
         self.maps.apply::<FMA>(self.z, self.bias);
         let mut top = [A::ZERO; LANES];
         // Statistics over all classes come first; then the targets leave the tile for the others.
         for scope in [Scope::All, Scope::Rest] {
             if scope == Scope::Rest {
-                for &key in self.targets {
-                    // Columns may name a class twice: read all before any is taken out.
-                    (self.write_target)(key, self.z[key.class() - self.first][key.lane()]);
-                }
-                for key in self.targets {
-                    self.z[key.class() - self.first][key.lane()] = A::NEG_INFINITY;
-                }
+                self.take_targets();
                 if !self.exps.is_empty() {
                     top = peak(self.z);
                     exps::<A, FMA>(self.z, &top, self.exps);
