@@ -11,7 +11,7 @@ raises RuntimeError where NumPy raises ValueError or TypeError.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import isfinite, prod
+from math import inf, prod
 from typing import Literal, NamedTuple
 
 __all__ = ["ArgumentError", "ArgumentTypeError", "Geometry", "TargetKind", "geometry"]
@@ -243,7 +243,7 @@ def check_softcap(softcap: float | None) -> float:
         raise type_error(
             "softcap", repr(softcap), "a positive number or None", "use float(softcap)"
         )
-    if not (softcap > 0.0 and isfinite(softcap)):
+    if not 0.0 < softcap < inf:
         raise argument_error(
             "softcap", softcap, "a positive finite number", "None switches the cap off"
         )

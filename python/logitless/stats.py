@@ -33,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite
+from math import inf
 from typing import Any, NamedTuple
 
 from logitless import _core
@@ -203,7 +203,7 @@ def _check_powers(name: str, powers: tuple[float, ...]) -> tuple[float, ...]:
     for m in powers:
         if isinstance(m, bool) or not isinstance(m, (int, float)):
             raise type_error(f"stats.{name}: power", repr(m), "a number", f"stats.{name}(2)")
-        if not (m > 0 and isfinite(m)):
+        if not 0.0 < m < inf:
             raise argument_error(
                 f"stats.{name}: power", m, "a positive finite number", "sum of e^(m z)"
             )

@@ -81,12 +81,16 @@ def _unpack(input: Tensor, weight: Tensor, ids: Optional, vectors: Optional, *pa
     targets = 0
     if ids is not None:
         targets = 1 if ids.dim() == len(rows_shape) else ids.shape[-1]
+    parts = (
+        tuple(core.split(",")),
+        tuple(powers),
+        0 if vectors is None else vectors.shape[0],
+        topk,
+        targets,
+    )
     return Call(
-        core=tuple(core.split(",")),
-        powers=tuple(powers),
-        vectors=0 if vectors is None else vectors.shape[0],
-        topk=topk,
-        targets=targets,
+        *parts,
+        fields=stats.core_fields(*parts),
         rows_shape=rows_shape,
         positions=positions,
         shift=shift,
@@ -212,11 +216,11 @@ def _setup_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
     ctx.packed = inputs[7:]
     core = tuple(ctx.packed[0].split(","))
     # Neither the parameters of the statistics nor a cache matter for counting their fields.
-    ctx.count = len(stats.core_fields.__wrapped__(core, (), 0, 0, 0))
+    ctx.count = len(stats.core_fields(core, (), 0, 0, 0))
     ctx.save_for_backward(*inputs[:7], *output)
 
 
-def _backward(ctx: Any, cotangents: list[Optional]) -> tuple[Optional, ...]:
+def _backward(ctx: Any, cotangents: list[Optional]) -> tuple[Any, ...]:
     inputs, outputs = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
     fields = outputs[: ctx.count]
     store = outputs[ctx.count] if len(outputs) > ctx.count else None
@@ -232,7 +236,9 @@ def _backward(ctx: Any, cotangents: list[Optional]) -> tuple[Optional, ...]:
         )
     )
     results = [next(gradients) if need else None for need in wanted]
-    return (*results, *(None,) * (2 + len(ctx.packed)))
+    # ids and vectors, then the packed call; torch takes an empty list for a list of tensors.
+    nothing = [[] if p == [] else None for p in ctx.packed]
+    return (*results, None, None, *nothing)
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

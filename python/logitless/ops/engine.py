@@ -47,6 +47,7 @@ class Call:
     vectors: int
     topk: int
     targets: int  # ids a row
+    fields: tuple[tuple[str, int, bool], ...]  # (name, columns or 0, is integer) of each output
     rows_shape: tuple[int, ...]  # of a per-row field: leading dimensions less shift, positions
     positions: tuple[int, ...]  # (d1, ..., dK) of the head
     shift: int
@@ -56,11 +57,6 @@ class Call:
     memory: int
     gradients: int
     dtype: torch.dtype  # of the products; differs from the tensors' own under autocast
-
-    @property
-    def fields(self) -> tuple[tuple[str, int, bool], ...]:
-        """(name, columns, is integer) of every output; columns 0 means one value a row."""
-        return stats.core_fields(self.core, self.powers, self.vectors, self.topk, self.targets)
 
     @property
     def accumulation(self) -> torch.dtype:
@@ -100,7 +96,7 @@ def forward(
     bias: Optional,  # (V, [d1, ..., dK])
     scale: Optional,  # 0-d; None: call.logit_scale
     dense: Optional,  # (..., V, [d1, ..., dK])
-    ids: Optional,  # (P, N, K) int64, contiguous
+    ids: Optional,  # int64, of the rows' shape (and K)
     vectors: Optional,  # (C, V) in the accumulation dtype, contiguous
 ) -> tuple[tuple[Tensor, ...], Optional]:
     """Compute the statistics of a call.
@@ -257,6 +253,8 @@ class _Problem:
         self.weight = layout.plain(weight, call.dtype)
         self.bias = None if bias is None else layout.plain(bias, call.dtype)
         self.ids = ids
+        if ids is not None:
+            self.ids = layout.to_positions(ids, prod(call.positions), call.targets, torch.int64)
         self.scale = call.logit_scale if scale is None else float(scale)
         self.dense = (
             None

@@ -145,12 +145,20 @@ def compute(
             )
     if request.topk:
         _check.check_topk(request.topk, geometry.classes)
+    parts = (
+        request.core,
+        request.powers,
+        request.vector_count,
+        request.topk,
+        geometry.targets,
+    )
+    # A tracer must see plain code.
+    fields_of = (
+        stats.core_fields.__wrapped__ if torch.compiler.is_compiling() else stats.core_fields
+    )
     call = Call(
-        core=request.core,
-        powers=request.powers,
-        vectors=request.vector_count,
-        topk=request.topk,
-        targets=geometry.targets,
+        *parts,
+        fields=fields_of(*parts),
         rows_shape=geometry.rows_shape,
         positions=geometry.positions,
         shift=shift,

@@ -17,13 +17,16 @@ __all__ = ["RowStatistics"]
 Tensor = torch.Tensor
 logsigmoid = torch.nn.functional.logsigmoid
 
+# Core fields with a last axis of their own.
+_COLUMNED = ("target", "rest_power", "weighted_sum", "weighted_rest", "topk_values", "topk_ids")
+
 
 class RowStatistics:
     """Statistics of the rows of ``z``, the logits of a linear head; made by `row_statistics`.
 
     Every field is a tensor of shape ``input.shape[:-1]`` (+ the extra dimensions of the head), its
     position axis shortened by ``shift``; ``target`` and ``log_prob`` have a last axis K for K ids a
-    row, top-k fields one of length k. What follows from what was computed can be read; anything else
+    row, top-k fields one of length k. What follows from what was computed can be read; the rest
     raises an AttributeError that names ``want=``. Skipped rows hold finite values (0, ids -1): mask
     with ``kept`` before use.
 
@@ -41,6 +44,7 @@ class RowStatistics:
         ignore_index: int | None,
         vectors: Tensor | None,
         target_weight: Tensor | None,
+        route: str = "stream",
     ) -> None:
         self._values = values
         self._reading = reading
@@ -50,6 +54,7 @@ class RowStatistics:
         self._ignore_index = ignore_index
         self._vectors = vectors
         self._target_weight = target_weight
+        self._route = route
         self._derived: dict[str, Tensor] = {}
 
     # What the core computed.
@@ -204,9 +209,43 @@ class RowStatistics:
         )
 
     @property
+    def weights(self) -> Tensor:
+        """`target_weight`, or 1 where none was given; 0 at padding: (..., K)."""
+        if self._target_weight is not None:
+            return self.target_weight
+        return self._once("weights", lambda: self.real.to(self._dtype()))
+
+    @property
+    def real(self) -> Tensor:
+        """Ids that are no padding (bool), of ``target_ids``' shape."""
+        return self._real()
+
+    @property
     def kept(self) -> Tensor:
         """Rows that count (bool): False where every id of the row is ignore_index."""
         return self._once("kept", self._kept)
+
+    # The call.
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """What the core computed, by name: a copy of the table, not of the tensors."""
+        return dict(self._values)
+
+    @property
+    def classes(self) -> int:
+        """V."""
+        return self._classes
+
+    @property
+    def several(self) -> bool:
+        """Whether a row has K ids, so that ``target`` has a last axis."""
+        return self._several
+
+    @property
+    def route(self) -> str:
+        """How the classes were visited: "stream", or "gram" for the spherical statistics."""
+        return self._route
 
     def __repr__(self) -> str:
         """List the core's fields with their shapes."""
@@ -255,9 +294,9 @@ class RowStatistics:
 
     def _kept(self) -> Tensor:
         if self._ids is None:
-            value = next(iter(self._values.items()))
-            _, tensor = value
-            return torch.ones_like(tensor, dtype=torch.bool)
+            name, value = next(iter(self._values.items()))
+            value = value[..., 0] if name in _COLUMNED else value
+            return torch.ones_like(value, dtype=torch.bool)
         real = self._ids != self._ignore_index
         return real.any(dim=-1) if self._several else real
 
@@ -320,7 +359,7 @@ class RowStatistics:
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """Return log(e^a + e^b) whose second derivative is finite at -inf too, unlike torch.logaddexp's."""
+    """Return log(e^a + e^b); its second derivative at -inf is finite, unlike torch.logaddexp's."""
     high, low = torch.maximum(a, b), torch.minimum(a, b)
     return high - logsigmoid(torch.where(low == -torch.inf, torch.inf, high - low))
 
@@ -346,12 +385,19 @@ def _logsumexp(z: Tensor) -> Tensor:
 
 def _flatten(s: RowStatistics) -> tuple[list[Any], Any]:
     children = [*s._values.values(), s._ids, s._vectors, s._target_weight]
-    context = (tuple(s._values), s._reading, s._classes, s._several, s._ignore_index)
+    context = (
+        tuple(s._values),
+        s._reading,
+        s._classes,
+        s._several,
+        s._ignore_index,
+        s._route,
+    )
     return children, context
 
 
 def _unflatten(children: Any, context: Any) -> RowStatistics:
-    names, reading, classes, several, ignore_index = context
+    names, reading, classes, several, ignore_index, route = context
     *values, ids, vectors, target_weight = children
     return RowStatistics(
         dict(zip(names, values, strict=True)),
@@ -362,6 +408,7 @@ def _unflatten(children: Any, context: Any) -> RowStatistics:
         ignore_index=ignore_index,
         vectors=vectors,
         target_weight=target_weight,
+        route=route,
     )
 
 
