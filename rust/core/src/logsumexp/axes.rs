@@ -144,7 +144,7 @@ impl Layout {
     /// Number of tiles: a tile stays within the innermost kept axis.
     pub fn tiles(&self) -> usize {
         let along = self.kept.innermost().len;
-        if along == 0 { 0 } else { self.kept.len() / along * along.div_ceil(self.lanes) }
+        self.kept.len().checked_div(along).unwrap_or(0) * along.div_ceil(self.lanes)
     }
 
     pub fn tile(&self, tile: usize) -> Tile {
