@@ -45,6 +45,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for a size")
     given = parser.parse_args()
     start = replace(START, dtype=given.dtype, device=given.device)
+    print("## Linear cost\n\n`python bench/linear_cost.py`: forward and backward, lean\n")
     for name, value in facts(torch.device(given.device)).items():
         print(f"* {name}: {value}")
     print("\n| doubled | N | D | V | median | slope to the line above |\n|---|---|---|---|---|---|")

@@ -116,7 +116,7 @@ def test_a_head_larger_than_the_machine_is_not_tried(
     from logitless.cli.harness import machine
 
     monkeypatch.setattr(machine, "available_memory", lambda _: 1000)
-    text, found = demo(tmp_path, "--steps", "4")
+    text, found = demo(tmp_path, "--steps", "6")
     assert "its logits need" in found["runs"]["ordinary"]["failure"]
     assert found["runs"]["ordinary"]["losses"] == []
     assert "left out" in text

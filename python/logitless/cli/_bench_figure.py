@@ -87,6 +87,7 @@ def draw_bars(
                 fontsize=8,
                 color=INK if name in OURS else SOFT,
                 fontweight="bold" if name in OURS else "normal",
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
             )
     axes.axvline(1.0, color=SOFT, lw=0.8, ls=(0, (4, 3)), zorder=0)
     axes.set_xlim(0, limit + 0.75)

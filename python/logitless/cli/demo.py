@@ -36,16 +36,16 @@ HELD_OUT_SEQUENCES = 32
 
 
 def demo(
-    tokens: Annotated[int, typer.Option(min=16, help="Tokens of a training step.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of a training step.")] = 2048,
     vocab: Annotated[int, typer.Option(min=512, help="Entries of the vocabulary.")] = 16384,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 150,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of each run.")] = 90,
     hidden: Annotated[int, typer.Option(min=64, help="Width of the model.")] = 256,
-    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 3,
+    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 2,
     context: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 128,
     device: Annotated[Device, typer.Option(help="Where to train.")] = Device.cpu,
     dtype: Annotated[Dtype, typer.Option(help="bf16 and fp16 train under autocast.")] = Dtype.fp32,
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
-    limit: Annotated[float, typer.Option(min=1, help="Most seconds of training.")] = 130.0,
+    limit: Annotated[float, typer.Option(min=1, help="Most seconds of training.")] = 120.0,
     out: Annotated[Path, typer.Option(help="Folder for demo.png and demo.json.")] = Path("."),
 ) -> None:
     """Train a small language model on Python's own library, with and without the logits.
