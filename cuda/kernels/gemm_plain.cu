@@ -43,7 +43,7 @@ __device__ __forceinline__ void plain(const PlainParams& p) {
     }
     __syncthreads();
   }
-  const Acc alpha = p.alpha ? (Acc)*p.alpha : (Acc)1;
+  const Acc alpha = p.alpha ? *(const Acc*)p.alpha : (Acc)1;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
 #pragma unroll

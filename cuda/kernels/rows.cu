@@ -98,9 +98,8 @@ extern "C" __global__ void __launch_bounds__(1024) select_rows(const __grid_cons
     // Nothing to normalise by: no cotangent at all, or one that is inf or nan and must stay so.
     if (!(most > 0.f) || most == infinity()) most = 1.f;
     if (lane == 0) {
-      p.scalars[0] = most;
-      p.scalars[1] = 1.f / most;
-      p.scalars[2] = (float)(most * p.scale);
+      const double g = most;
+      *p.scalars = {most, 1.f / most, (float)(g * p.scale), 0.f, g, 1. / g, g * p.scale, 0.};
     }
   }
 }
@@ -112,6 +111,7 @@ namespace {
 template <class T>
 __device__ __forceinline__ void gather(const GatherParams& p) {
   const int slot = blockIdx.x, count = live_count(p.list);
+  if (slot >= zeroed_rows(count, p.padded)) return;
   T* out = (T*)p.packed + slot * p.pitch;
   if (slot >= count) {
     for (int d = threadIdx.x; d < p.pitch; d += blockDim.x) out[d] = 0;
@@ -134,7 +134,7 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
   const i64 row = blockIdx.x;
   const int slot = p.list.slots ? p.list.slots[row] : (int)row;
   T* out = const_cast<T*>(row_of<T>(p.target, row));
-  const Acc factor = p.factor ? (Acc)*p.factor : (Acc)1;
+  const Acc factor = p.factor ? *(const Acc*)p.factor : (Acc)1;
   const Acc* in = (const Acc*)p.packed + slot * p.pitch;
   for (int d = threadIdx.x; d < p.features; d += blockDim.x) {
     T* at = out + d * p.target.feature_stride;
@@ -226,14 +226,14 @@ extern "C" __global__ void __launch_bounds__(256) finish_statistics(const __grid
       const int chunk = tile / p.chunk_tiles, in_chunk = (tile - chunk * p.chunk_tiles) * p.tile_columns;
       const i64 chunk_end = min((i64)p.chunk_columns, p.classes - (i64)chunk * p.chunk_columns);
       const int columns = (int)min((i64)p.tile_columns, chunk_end - in_chunk);
-      state.merge(RowPartial::load(p.part + (i64)tile * p.ld_row + slot, p.part_plane, p.planes, columns), p.planes);
+      state.merge(RowPartial::load(p.part + (i64)tile * p.ld_row + slot, p.part_plane, p.planes, p.reference != nullptr, columns), p.planes);
     }
   }
   shared[slice][lane] = state;
   __syncthreads();
   if (slice != 0 || row >= p.list.total) return;
   for (int i = 1; i < 8; i++) state.merge(shared[i][lane], p.planes);
-  state.finish(p.out, row, slot, p.planes, p.reference ? &p.reference[max(slot, 0)] : nullptr);
+  state.finish(p.out, row, slot, p.reference ? &p.reference[max(slot, 0)] : nullptr);
 }
 
 // -- coefficients of the gradient tile --------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(256) row_coefficients(const __grid_
   int target = -1;
   if (slot < live_count(p.list)) {
     const i64 row = row_at(p.list, slot);
-    const float norm = p.scalars[1];
+    const float norm = p.scalars->inverse;
     auto get = [&](const void* field) { return field ? ((const float*)field)[row] : 0.f; };
     auto grad = [&](const void* field) { return norm * get(field); };
     const float g_entropy = grad(p.grad.entropy), g_variance = 2.f / (float)p.classes * grad(p.grad.variance);
@@ -281,6 +281,18 @@ extern "C" __global__ void __launch_bounds__(256) row_coefficients(const __grid_
   p.target[slot] = target;
 }
 
+// One thread a slot: the maximum's class lies in one tile of each row.
+extern "C" __global__ void __launch_bounds__(256) add_maximum(const __grid_constant__ AddMaximumParams p) {
+  const int slot = blockIdx.x * 256 + threadIdx.x;
+  if (slot >= live_count(p.list)) return;
+  const i64 row = row_at(p.list, slot), column = p.saved.argmax[row] - p.column0;
+  if (column < 0 || column >= p.width) return;
+  const float z = ((const float*)p.saved.max)[row], ratio = p.softcap > 0. ? z / (float)p.softcap : 0.f;
+  const float g = p.scalars->inverse * ((const float*)p.grad.max)[row] * (1.f - ratio * ratio);
+  const i64 at = slot * p.tile.row_stride + column;
+  store_any<float>(p.tile.data, (int)p.tile.dtype, at, load_any<float>(p.tile.data, (int)p.tile.dtype, at) + g);
+}
+
 // -- small sums -------------------------------------------------------------------------------------------------------
 // Block = 32 columns x 8 slices of the rows.
 extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_constant__ ColumnSumParams p) {
@@ -305,7 +317,7 @@ extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_consta
   __syncthreads();
   if (slice != 0 || column >= p.columns) return;
   for (int i = 1; i < 8; i++) total += shared[i][lane];
-  store_any<double>(p.out.data, (int)p.out.dtype, column * p.out.row_stride, total * (p.factor ? *p.factor : 1.f));
+  store_any<double>(p.out.data, (int)p.out.dtype, column * p.out.row_stride, total * (p.factor ? *p.factor : 1.));
 }
 
 // One warp a row.

@@ -348,12 +348,12 @@ __device__ __forceinline__ void tile_gradient(const TileParams& p) {
   const int slot = blockIdx.x, count = live_count(p.list);
   T* out = (T*)p.dx + (i64)slot * p.dx_pitch;
   if (slot >= count) {
-    if (slot < p.padded)
+    if (slot < zeroed_rows(count, p.padded))
       for (int j = threadIdx.x; j < p.dx_pitch; j += kThreads) out[j] = Element<T>::from((Acc)0);
     return;
   }
   const i64 row = p.list.rows ? p.list.rows[slot] : slot;
-  const Acc norm = p.scalars ? (Acc)p.scalars[1] : (Acc)1;
+  const Acc norm = sizeof(Acc) == 8 ? (Acc)p.scalars->inverse_wide : (Acc)p.scalars->inverse;
   auto get = [&](const void* field, i64 at) { return field ? ((const Acc*)field)[at] : (Acc)0; };
   if (threadIdx.x == 0) {
     // At exponent -inf a class has no share; a row without classes but its targets has rest -inf, where every share is 0.

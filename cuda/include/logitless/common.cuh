@@ -105,6 +105,9 @@ __device__ __forceinline__ double logit_map(double dot, double scale, double bia
 __device__ __forceinline__ int live_count(const RowList& list) { return list.count ? *list.count : (int)list.total; }
 __device__ __forceinline__ i64 row_at(const RowList& list, int slot) { return list.rows ? list.rows[slot] : slot; }
 
+// Slots that a packed buffer defines: the live ones, and zeros to the end of their block of 256 rows, which products read.
+__device__ __forceinline__ int zeroed_rows(int count, int padded) { return min(padded, (count + 255) / 256 * 256); }
+
 // Row i of a view.
 template <class T>
 __device__ __forceinline__ const T* row_of(const RowView& v, i64 i) {

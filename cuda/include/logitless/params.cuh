@@ -92,6 +92,14 @@ struct LiveParams {
 };
 static_assert(sizeof(LiveParams) == 192, "mirror rust/gpu/src/params.rs");
 
+// What every product of a backward is scaled by: gradients of logits are divided by the largest cotangent g, so that
+// half-precision tiles neither underflow nor round a uniform one; results are multiplied back. Without block_max g = 1.
+struct Scalars {
+  float g, inverse, g_scale, unused;     // g, 1 / g, g * logit_scale
+  double g_wide, inverse_wide, g_scale_wide, unused_wide;
+};
+static_assert(sizeof(Scalars) == 48, "mirror rust/gpu/src/params.rs");
+
 // select_rows: live rows in front, in order; one block.
 struct SelectParams {
   Targets targets;
@@ -100,7 +108,7 @@ struct SelectParams {
   int* rows;                  // (round_up(N, 256)), or null
   int* slots;                 // (N), or null
   int* count;
-  float* scalars;             // or null: {largest cotangent g, 1 / g, g * logit_scale}
+  Scalars* scalars;           // or null
   i64 total;
   i64 blocks;                 // of block_max
   double scale;
@@ -123,7 +131,7 @@ struct ScatterParams {
   RowView target;
   RowList list;
   const void* packed;
-  const float* factor;  // device scalar, or null: 1
+  const void* factor;   // device scalar in accumulators, or null: 1
   i64 pitch;
   int features;
   int accumulate;
@@ -151,12 +159,12 @@ struct FinishParams {
   Fields out;
   RowList list;
   const float* part;
-  const float* reference;  // fixed reference: plane 0 is a sum; null: online planes
+  const float* reference;  // of the exponentials, or null: online planes
   i64 part_plane;
   int ld_row, tiles;
   i64 classes;
   int tile_columns;        // classes a tile, for the variance
-  int planes;              // 1 or 3: rest (and entropy); 7: everything
+  int planes;              // 1: rest, 2: and entropy, past a fixed reference; online 2: rest, 3: and entropy, 7: everything
   int chunk_columns;       // classes a launch: tiles restart there
   int chunk_tiles;         // tiles a launch
 };
@@ -167,7 +175,7 @@ struct CoefficientParams {
   Fields saved, grad;
   RowList list;
   Targets targets;
-  const float* scalars;  // of select_rows
+  const Scalars* scalars;
   float* coef;           // (5, ld_row)
   float* reference;      // (ld_row): rest
   int* target;           // (ld_row)
@@ -176,12 +184,24 @@ struct CoefficientParams {
 };
 static_assert(sizeof(CoefficientParams) == 352, "mirror rust/gpu/src/params.rs");
 
+// add_maximum: the cotangent of `max` at its class, in a gradient tile of the fused path.
+struct AddMaximumParams {
+  Fields saved, grad;
+  RowList list;
+  AnyMatrix tile;        // (slots, width)
+  const Scalars* scalars;
+  double softcap;
+  i64 column0;
+  i64 width;
+};
+static_assert(sizeof(AddMaximumParams) == 336, "mirror rust/gpu/src/params.rs");
+
 // column_sum: sums over rows of a gradient tile, times a device scalar.
 struct ColumnSumParams {
   AnyMatrix tile;
   AnyMatrix out;         // (columns), row_stride
   const int* count;      // or null
-  const float* factor;   // or null: 1
+  const double* factor;  // or null: 1
   i64 rows;
   i64 columns;
 };
@@ -194,7 +214,7 @@ struct DotParams {
   const int* count;
   double* partial;       // (rows)
   void* out;             // one float or double
-  const float* factor;
+  const double* factor;
   i64 rows;
   int features;
   int is_double;
@@ -224,7 +244,7 @@ struct TileParams {
   i64 vector_stride, vector_column;
   AnyMatrix dense;       // (N, V) q, data null: none
   AnyMatrix d_dense;     // its gradient
-  const float* scalars;  // of select_rows: gradient tiles are divided by the largest cotangent; null: not
+  const Scalars* scalars;
   double softcap;
   i64 column0;           // class of column 0
   int width, state_size;
@@ -250,7 +270,7 @@ struct PlainParams {
   void* d;
   i64 a_m, a_k, b_n, b_k, d_m, d_n;  // strides in elements
   const int* count;     // replaces m, or k
-  const float* alpha;   // device scalar, or null
+  const void* alpha;    // device scalar in accumulators, or null
   const void* bias;     // (N) accumulators, or null; logits only
   double scale, softcap;
   int m, n, k;

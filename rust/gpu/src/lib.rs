@@ -1,2 +1,34 @@
-//! The CUDA engine.
+//! The CUDA engine of logitless: the row statistics of the CPU engine, on tensors in device memory.
+//!
+//! The kernels live in `cuda/`, are compiled when this crate is built (`build/`) and embedded in it.
+//! Nothing links to CUDA: `driver` opens `libcuda` when a CUDA tensor first arrives. Nothing here
+//! allocates device memory, waits for a device or reads anything back: [`plan`] says how many bytes
+//! a call needs, the caller's framework allocates them on its stream, and a call only enqueues.
+//!
+//! # Map
+//! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
+//! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit ·
+//! `plan` sizes and memory · `forward`, `backward` the compositions · `info` what there is.
+//!
+//! # Two paths
+//! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
+//! *Tiled*: E Wᵀ writes a tile of logits, which row kernels fold or turn into gradients; it serves
+//! what the epilogues do not (several targets, powers, class vectors, dense targets, top-k, double).
+
+mod backward;
+mod call;
+mod driver;
+mod error;
+mod forward;
 mod images;
+mod info;
+mod launch;
+mod params;
+mod plan;
+mod product;
+
+pub use backward::backward;
+pub use error::{Error, Result};
+pub use forward::forward;
+pub use info::{DeviceInfo, Info, info, warm_up};
+pub use plan::{Plan, describable, plan};

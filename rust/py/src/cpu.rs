@@ -87,7 +87,7 @@ pub fn backward(
 }
 
 #[expect(clippy::too_many_arguments, reason = "gathers positional arguments into a struct")]
-fn problem(
+pub(crate) fn problem(
     input: TensorArg,
     weight: TensorArg,
     bias: Option<TensorArg>,

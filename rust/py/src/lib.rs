@@ -6,6 +6,7 @@
 
 mod args;
 mod cpu;
+mod cuda;
 mod errors;
 mod plan;
 mod spec;
@@ -19,6 +20,11 @@ mod _core {
     use crate::cpu::{
         backward, cpu_level, cpu_levels, cross_entropy_backward, cross_entropy_forward, forward,
         get_num_threads, last_workspace_bytes, logsumexp_pairs, set_num_threads,
+    };
+    #[pymodule_export]
+    use crate::cuda::{
+        CudaPlan, cuda_available, cuda_backward, cuda_describable, cuda_forward, cuda_info,
+        cuda_plan, cuda_warm_up,
     };
     #[pymodule_export]
     use crate::plan::{Plan, plan};

@@ -1,0 +1,221 @@
+//! What a forward and a backward share: the checked problem in the kernels' terms.
+
+use logitless_core::{DType, Error, Problem, Spec, Tensor};
+
+use crate::error::Result;
+use crate::launch::{Stream, suffix};
+use crate::params::{self, AnyMatrix, Fields, RowList, RowView, Targets};
+use crate::plan::{Plan, padded};
+use crate::product::Matrix;
+
+/// A problem whose operands fit one another and the plan.
+pub(crate) struct Call<'a> {
+    pub spec: &'a Spec,
+    pub problem: &'a Problem,
+    pub plan: &'a Plan,
+    pub stream: &'a Stream,
+    pub rows: usize,
+    pub features: usize,
+    pub classes: usize,
+    /// Type of the operands, and of sums over them.
+    pub dtype: DType,
+    pub acc: DType,
+    pub weight: Matrix,
+}
+
+impl<'a> Call<'a> {
+    /// Checks everything that needs no element.
+    pub fn new(spec: &'a Spec, problem: &'a Problem, plan: &'a Plan, stream: &'a Stream) -> Result<Call<'a>> {
+        problem.check_operands(spec)?;
+        let [rows, features, classes] = problem.sizes();
+        let (dtype, made) = (problem.input.dtype(), (plan.rows, plan.features, plan.classes, plan.dtype));
+        if made != (rows, features, classes, dtype) {
+            return Err(value("plan", format!("{made:?}"), format!("one made for {:?}", (rows, features, classes, dtype))));
+        }
+        let weight = Matrix::of(&problem.weight);
+        if plan.direct_weight && !weight.describable() {
+            let expected = "a plan made with contiguous=False for a weight whose rows are not adjacent or not 16-byte aligned";
+            return Err(value("plan", "contiguous=True".into(), expected.into()));
+        }
+        Ok(Call { spec, problem, plan, stream, rows, features, classes, dtype, acc: dtype.accumulator(), weight })
+    }
+
+    /// The ids of the targets.
+    pub fn targets(&self) -> Targets {
+        Targets {
+            ids: self.problem.ids.as_ref().map_or(0, Tensor::address),
+            ignore: self.problem.ignore_index.unwrap_or(0),
+            columns: if self.problem.ids.is_some() { self.spec.targets() as i32 } else { 0 },
+            has_ignore: i32::from(self.problem.ids.is_some() && self.problem.ignore_index.is_some()),
+            classes: self.classes as i64,
+        }
+    }
+
+    /// Every row, in its place.
+    pub fn all_rows(&self) -> RowList {
+        RowList { rows: 0, slots: 0, count: 0, total: self.rows as i64 }
+    }
+
+    /// The input as rows of features.
+    pub fn input(&self) -> RowView {
+        row_view(&self.problem.input)
+    }
+
+    /// The input as one matrix, if a uniform row step describes it.
+    pub fn input_matrix(&self) -> Option<Matrix> {
+        let ((outer, outer_stride), (inner, inner_stride)) = (self.problem.input.axis(0), self.problem.input.axis(1));
+        let row_stride = if inner == 1 { outer_stride } else { inner_stride };
+        let uniform = outer <= 1 || inner <= 1 || outer_stride == inner as isize * inner_stride;
+        uniform.then(|| Matrix {
+            address: self.problem.input.address(),
+            dtype: self.dtype,
+            columns: self.features,
+            row_stride: row_stride as i64,
+            column_stride: self.problem.input.axis(2).1 as i64,
+        })
+    }
+
+    /// Addresses of outputs, saved outputs or cotangents, by field.
+    pub fn fields<'t>(&self, tensors: impl Iterator<Item = Option<&'t Tensor>>) -> Fields {
+        let mut fields = Fields::default();
+        for (field, tensor) in self.spec.fields().iter().zip(tensors) {
+            if let (Some(slot), Some(tensor)) = (fields.slot(field.name), tensor) {
+                *slot = tensor.address();
+            }
+        }
+        fields
+    }
+
+    /// Whether the logits are more than scaled products.
+    pub fn mapped(&self) -> bool {
+        self.problem.bias.is_some() || self.problem.softcap > 0.0
+    }
+
+    /// Copies live rows to the front of `packed`, zeros behind them.
+    pub unsafe fn gather(&self, list: RowList, packed: Matrix, rows: usize) -> Result<()> {
+        let name = format!("gather_rows_{}", self.dtype.size());
+        let params = params::Gather {
+            source: self.input(),
+            list,
+            packed: packed.address,
+            pitch: packed.row_stride,
+            features: self.features as i32,
+            padded: rows as i32,
+        };
+        // SAFETY: the caller's promise about the call's tensors; `packed` has `rows` rows.
+        unsafe { self.stream.launch(&name, (rows, 1), 256, 0, &params) }
+    }
+
+    /// Classes `first..first + count` of the weight, as products read them: in place, or copied into `copy`.
+    pub unsafe fn weight_rows(&self, first: usize, count: usize, copy: Option<Matrix>) -> Result<Matrix> {
+        let rows = self.weight.rows_from(first);
+        let Some(copy) = copy else { return Ok(rows) };
+        let source = RowView {
+            data: rows.address,
+            outer_stride: rows.row_stride,
+            inner_stride: 0,
+            feature_stride: rows.column_stride,
+            inner: 1,
+        };
+        let list = RowList { total: count as i64, ..RowList::default() };
+        let params = params::Gather {
+            source,
+            list,
+            packed: copy.address,
+            pitch: copy.row_stride,
+            features: self.features as i32,
+            padded: count as i32,
+        };
+        let name = format!("gather_rows_{}", self.dtype.size());
+        // SAFETY: as above; the copy has room for the plan's chunk of classes.
+        unsafe { self.stream.launch(&name, (count, 1), 256, 0, &params)? };
+        Ok(copy)
+    }
+
+    /// The bias in accumulators at `out`, or nothing.
+    pub unsafe fn widen_bias(&self, out: usize) -> Result<usize> {
+        let Some(bias) = &self.problem.bias else { return Ok(0) };
+        let params = params::Widen {
+            source: vector(bias),
+            out,
+            length: self.classes as i64,
+            is_double: i64::from(self.acc == DType::F64),
+        };
+        // SAFETY: as above; `out` has room for an accumulator a class.
+        unsafe { self.stream.launch("widen_vector", (self.classes.div_ceil(256), 1), 256, 0, &params)? };
+        Ok(out)
+    }
+
+    /// Logits of the target classes, to `out` (N, K); the first column also to the lists of slots.
+    pub unsafe fn target_logits(&self, list: RowList, out: usize, reference: usize, target: usize) -> Result<()> {
+        let targets = self.targets();
+        let slots = padded(self.rows);
+        let params = params::TargetLogits {
+            input: self.input(),
+            list,
+            targets,
+            weight: self.weight.any(),
+            bias: self.problem.bias.as_ref().map_or_else(AnyMatrix::default, vector),
+            out,
+            reference,
+            target,
+            scale: self.problem.logit_scale,
+            softcap: self.problem.softcap,
+            features: self.features as i32,
+            padded: slots as i32,
+        };
+        let name = format!("target_logits_{}", suffix(self.dtype));
+        let warps = slots * targets.columns as usize;
+        // SAFETY: as above; the lists have `slots` entries.
+        unsafe { self.stream.launch(&name, (warps.div_ceil(8), 1), 256, 0, &params) }
+    }
+
+    /// The parameters of the tile kernels that do not depend on the tile.
+    pub fn tile_params(&self) -> params::Tile {
+        let mut power = [0.0; params::MAX_POWERS];
+        power.iter_mut().zip(self.spec.powers()).for_each(|(slot, &value)| *slot = value);
+        let (vector_stride, vector_column) =
+            self.problem.vectors.as_ref().map_or((0, 0), |vectors| (vectors.axis(0).1 as i64, vectors.axis(1).1 as i64));
+        params::Tile {
+            targets: self.targets(),
+            vectors: self.problem.vectors.as_ref().map_or(0, Tensor::address),
+            vector_stride,
+            vector_column,
+            dense: self.problem.dense.as_ref().map_or_else(AnyMatrix::default, matrix),
+            softcap: self.problem.softcap,
+            mask: self.spec.statistics().map(params::statistic_bit).sum(),
+            powers: self.spec.powers().len() as i32,
+            vector_count: self.spec.vectors() as i32,
+            topk: self.spec.topk() as i32,
+            power,
+            ..params::Tile::default()
+        }
+    }
+}
+
+/// A tensor (outer, inner, features) as rows.
+pub(crate) fn row_view(tensor: &Tensor) -> RowView {
+    RowView {
+        data: tensor.address(),
+        outer_stride: tensor.axis(0).1 as i64,
+        inner_stride: tensor.axis(1).1 as i64,
+        feature_stride: tensor.axis(2).1 as i64,
+        inner: tensor.axis(1).0.max(1) as i64,
+    }
+}
+
+/// A vector of any stride.
+pub(crate) fn vector(tensor: &Tensor) -> AnyMatrix {
+    let row_stride = tensor.axis(0).1 as i64;
+    AnyMatrix { data: tensor.address(), row_stride, column_stride: 0, dtype: tensor.dtype() as i64 }
+}
+
+/// A matrix of any strides.
+pub(crate) fn matrix(tensor: &Tensor) -> AnyMatrix {
+    Matrix::of(tensor).any()
+}
+
+/// The error of an argument's value.
+pub(crate) fn value(argument: &'static str, value: String, expected: String) -> crate::Error {
+    Error::Value { argument, value, expected }.into()
+}

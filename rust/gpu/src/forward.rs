@@ -1,0 +1,258 @@
+//! Forward: the composition of launches that makes the statistics.
+
+use logitless_core::{DType, Problem, Spec, Tensor};
+
+use crate::call::{Call, value};
+use crate::error::Result;
+use crate::launch::{Stream, suffix};
+use crate::params::{self, RowList};
+use crate::plan::{Arena, ForwardLayout, Geometry, Path, Plan, padded, partials, pitch};
+use crate::product::{Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
+
+/// Computes the statistics of `spec` for every row and writes them to `outputs`.
+///
+/// Enqueues work on `stream` and returns; all tensors are on `device`. A row with an id out of
+/// range is nan.
+///
+/// # Errors
+/// Anything about the arguments that does not fit, found before any work; the driver's refusals.
+///
+/// # Safety
+/// Every tensor describes device memory that stays valid until the stream has passed the call, and
+/// outputs and workspace overlap nothing.
+#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
+pub unsafe fn forward(
+    spec: &Spec,
+    problem: &Problem,
+    outputs: &[Tensor],
+    plan: &Plan,
+    device: usize,
+    stream: usize,
+    workspace: &Tensor,
+) -> Result<()> {
+    let stream = Stream::enter(device, stream)?;
+    let call = Call::new(spec, problem, plan, &stream)?;
+    problem.check_fields("outputs", spec, outputs.iter().map(Some))?;
+    let g = Geometry::new(spec, plan, &stream.device.facts);
+    check_workspace(workspace, plan.forward_bytes)?;
+    if call.rows == 0 {
+        return Ok(());
+    }
+    let mut arena = Arena::at(workspace.address());
+    let layout = ForwardLayout::lay(&mut arena, &g, plan.chunks.0);
+    debug_assert_eq!(arena.used, plan.forward_bytes);
+    let run = Forward { call: &call, g: &g, layout: &layout, outputs };
+    // SAFETY: the caller's promise, and buffers laid out for this geometry.
+    unsafe {
+        let (list, input) = run.select()?;
+        let bias = call.widen_bias(layout.bias)?;
+        run.targets(list)?;
+        match plan.path {
+            Path::Fused { planes } => run.fused(planes, list, input, bias),
+            Path::Tiled => run.tiled(list, input, bias),
+        }
+    }
+}
+
+/// A workspace holds exactly what the plan says, or more.
+pub(crate) fn check_workspace(workspace: &Tensor, bytes: usize) -> Result<()> {
+    workspace.expect_dtype("workspace", &[DType::U8])?;
+    if workspace.len() < bytes || !workspace.address().is_multiple_of(256) {
+        let found = format!("{} bytes at {:#x}", workspace.len(), workspace.address());
+        return Err(value("workspace", found, format!("{bytes} bytes, aligned to 256: the plan's")));
+    }
+    Ok(())
+}
+
+struct Forward<'a> {
+    call: &'a Call<'a>,
+    g: &'a Geometry,
+    layout: &'a ForwardLayout,
+    outputs: &'a [Tensor],
+}
+
+impl Forward<'_> {
+    fn fields(&self) -> params::Fields {
+        self.call.fields(self.outputs.iter().map(Some))
+    }
+
+    /// The rows that are not ignored, and a matrix of them that products can read.
+    unsafe fn select(&self) -> Result<(RowList, Matrix)> {
+        let (call, buffers) = (self.call, self.layout.list);
+        let packed = Matrix::packed(self.layout.packed, call.dtype, call.features, pitch(call.features, call.dtype));
+        if call.targets().has_ignore == 0 {
+            if let Some(input) = call.input_matrix().filter(|input| call.dtype == DType::F64 || input.describable()) {
+                return Ok((call.all_rows(), input));
+            }
+            // SAFETY: a buffer of the layout.
+            unsafe { call.gather(call.all_rows(), packed, padded(call.rows))? };
+            return Ok((call.all_rows(), packed));
+        }
+        let select = params::Select {
+            targets: call.targets(),
+            rows: buffers.rows,
+            slots: buffers.slots,
+            count: buffers.count,
+            total: call.rows as i64,
+            ..params::Select::default()
+        };
+        let list = RowList { rows: buffers.rows, slots: buffers.slots, count: buffers.count, total: call.rows as i64 };
+        // SAFETY: buffers of the layout.
+        unsafe {
+            call.stream.launch("select_rows", (1, 1), 1024, 0, &select)?;
+            call.gather(list, packed, padded(call.rows))?;
+        }
+        Ok((list, packed))
+    }
+
+    /// Logits of the targets. Ignored rows of the output are 0.
+    unsafe fn targets(&self, list: RowList) -> Result<()> {
+        let call = self.call;
+        if call.targets().columns == 0 {
+            return Ok(());
+        }
+        let mut out = self.fields().target;
+        if list.slots != 0 && out != 0 {
+            let bytes = call.rows * call.spec.targets() * call.acc.size();
+            // SAFETY: the output has that many bytes.
+            unsafe { call.stream.zero(out, bytes)? };
+        }
+        if out == 0 {
+            // Not asked for; the classes are. The reference's buffer takes the logits of one column.
+            if call.spec.targets() > 1 || self.g.path == Path::Tiled {
+                return Ok(());
+            }
+            out = self.layout.part;
+        }
+        let fused = self.g.path != Path::Tiled;
+        let lists = if fused { (self.layout.reference, self.layout.target) } else { (0, 0) };
+        // SAFETY: buffers of the layout.
+        unsafe { call.target_logits(list, out, lists.0, lists.1) }
+    }
+
+    /// Partials from the epilogue of E Wᵀ, then their fold.
+    unsafe fn fused(&self, planes: usize, list: RowList, input: Matrix, bias: usize) -> Result<()> {
+        let (call, layout, rows) = (self.call, self.layout, self.call.rows);
+        let operation = partials(self.g.path);
+        let width = call.plan.chunks.0;
+        let chunk_tiles = width.div_ceil(self.g.part_columns);
+        let tiles = call.classes.div_ceil(width) * chunk_tiles;
+        let (ld_row, part_plane) = (padded(rows), tiles * padded(rows));
+        for (index, first) in (0..call.classes).step_by(width).enumerate() {
+            let count = width.min(call.classes - first);
+            let copy = layout.copy.map(|address| Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype)));
+            let choice = choose(&call.stream.device.facts, operation, call.dtype, call.mapped(), rows, count).expect("the plan found it");
+            let epilogue = params::Gemm {
+                count: list.count,
+                reference: layout.reference,
+                target: if call.targets().columns == 1 { layout.target } else { 0 },
+                bias: if bias == 0 { 0 } else { bias + 4 * first },
+                part: layout.part + 4 * index * chunk_tiles * ld_row,
+                part_plane: part_plane as i64,
+                m: rows as i32,
+                n: count as i32,
+                k: call.features as i32,
+                ld_row: ld_row as i32,
+                col0: first as i32,
+                scale: call.problem.logit_scale as f32,
+                softcap: call.problem.softcap as f32,
+                ..params::Gemm::default()
+            };
+            // SAFETY: operands checked, buffers of the layout.
+            unsafe {
+                let weight = call.weight_rows(first, count, copy)?;
+                tensor_cores(call.stream, operation, &choice, &Operands { a: input, b: weight, d: None }, epilogue)?;
+            }
+        }
+        let last = call.classes - (call.classes - 1) / width * width;
+        let finish = params::Finish {
+            out: params::Fields { target: 0, ..self.fields() },
+            list,
+            part: layout.part,
+            reference: 0,
+            part_plane: part_plane as i64,
+            ld_row: ld_row as i32,
+            tiles: (tiles - chunk_tiles + last.div_ceil(self.g.part_columns)) as i32,
+            classes: call.classes as i64,
+            tile_columns: self.g.part_columns as i32,
+            planes: planes as i32,
+            chunk_columns: width as i32,
+            chunk_tiles: chunk_tiles as i32,
+        };
+        // SAFETY: outputs checked, buffers of the layout.
+        unsafe { call.stream.launch("finish_statistics", (rows.div_ceil(32), 1), 256, 0, &finish) }
+    }
+
+    /// Tiles of logits, folded into each row's state.
+    unsafe fn tiled(&self, list: RowList, input: Matrix, bias: usize) -> Result<()> {
+        let (call, layout) = (self.call, self.layout);
+        let width = call.plan.chunks.0;
+        let copy = layout.copy.map(|address| Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype)));
+        let z = Matrix::packed(layout.z, call.acc, width, width);
+        let common = params::Tile {
+            saved: params::Fields { target: 0, ..self.fields() },
+            list,
+            z: layout.z,
+            z_pitch: width as i64,
+            state: layout.state,
+            state_size: self.g.state as i32,
+            ..call.tile_params()
+        };
+        let name = format!("tile_statistics_{}", suffix(call.acc));
+        for first in (0..call.classes).step_by(width) {
+            let count = width.min(call.classes - first);
+            let params = params::Tile {
+                column0: first as i64,
+                width: count as i32,
+                first: i32::from(first == 0),
+                last: i32::from(first + count == call.classes),
+                ..common
+            };
+            // SAFETY: operands checked, buffers of the layout.
+            unsafe {
+                let weight = call.weight_rows(first, count, copy)?;
+                logits(call, list, input, weight, z, bias, (first, count))?;
+                call.stream.launch(&name, (call.rows, 1), 256, 16 * params.topk as u32, &params)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A tile of logits of live rows and classes `chunk.0 .. chunk.0 + chunk.1`.
+pub(crate) unsafe fn logits(call: &Call, list: RowList, input: Matrix, weight: Matrix, z: Matrix, bias: usize, chunk: (usize, usize)) -> Result<()> {
+    let (first, count) = chunk;
+    let bias = if bias == 0 { 0 } else { bias + call.acc.size() * first };
+    let operands = Operands { a: input, b: weight, d: Some(z) };
+    let choice = choose(&call.stream.device.facts, Operation::Logits, call.dtype, call.mapped(), call.rows, count);
+    match choice.filter(|_| input.describable() && weight.describable()) {
+        Some(choice) => {
+            let epilogue = params::Gemm {
+                count: list.count,
+                bias,
+                m: call.rows as i32,
+                n: count as i32,
+                k: call.features as i32,
+                ld_row: padded(call.rows) as i32,
+                col0: first as i32,
+                scale: call.problem.logit_scale as f32,
+                softcap: call.problem.softcap as f32,
+                ..params::Gemm::default()
+            };
+            // SAFETY: the caller's promise.
+            unsafe { tensor_cores(call.stream, Operation::Logits, &choice, &operands, epilogue) }
+        }
+        None => {
+            let epilogue = PlainEpilogue {
+                m: call.rows,
+                n: count,
+                k: call.features,
+                count: list.count,
+                logits: Some((call.problem.logit_scale, call.problem.softcap, bias)),
+                ..PlainEpilogue::default()
+            };
+            // SAFETY: the caller's promise.
+            unsafe { plain(call.stream, Operation::Logits, &operands, epilogue) }
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! A stream of one device, and launches on it.
+
+use std::ffi::c_void;
+
+use logitless_core::DType;
+
+use crate::driver::{self, Current, Device, Shape, TensorMap};
+use crate::error::Result;
+use crate::images::{self, Kernel};
+use crate::params;
+
+/// The caller's stream, with its device's context current for as long as this lives.
+pub(crate) struct Stream {
+    pub device: &'static Device,
+    handle: usize,
+    _current: Current,
+}
+
+impl Stream {
+    /// Enters a device. `handle` is the stream as frameworks give it: 0 is the default stream.
+    pub fn enter(ordinal: usize, handle: usize) -> Result<Stream> {
+        let device = driver::device(ordinal)?;
+        Ok(Stream { device, handle, _current: device.enter()? })
+    }
+
+    /// Launches a kernel that takes one parameter struct.
+    ///
+    /// # Safety
+    /// The parameters name memory that is valid for what the kernel does with it.
+    pub unsafe fn launch<P>(&self, name: &str, grid: (usize, usize), block: u32, shared: u32, params: &P) -> Result<()> {
+        if grid.0 == 0 || grid.1 == 0 {
+            return Ok(());
+        }
+        let kernel = images::kernel(self.device, name)?;
+        let shape = Shape { grid: (grid.0 as u32, grid.1 as u32), block, shared };
+        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        // SAFETY: every kernel launched here takes the one struct by value; the rest is the caller's promise.
+        unsafe { kernel.function.launch(name, self.handle, shape, &mut arguments) }
+    }
+
+    /// Launches a tensor-core kernel of `tiles` output tiles; sm_90 kernels also take `maps`.
+    ///
+    /// # Safety
+    /// As for `launch`.
+    pub unsafe fn launch_tiles(&self, name: &str, kernel: Kernel, tiles: usize, maps: Option<&[TensorMap; 3]>, params: &params::Gemm) -> Result<()> {
+        let tile = kernel.tile.expect("a tensor-core kernel has a tile");
+        let wanted = (tiles * tile.cluster as usize).min(kernel.blocks as usize);
+        let shape = Shape { grid: (wanted as u32, 1), block: tile.threads, shared: tile.shared };
+        let params = std::ptr::from_ref(params).cast_mut().cast::<c_void>();
+        let mut arguments = [params; 4];
+        let arguments = match maps {
+            Some(maps) => {
+                for (argument, map) in arguments.iter_mut().zip(maps) {
+                    *argument = std::ptr::from_ref(map).cast_mut().cast();
+                }
+                &mut arguments[..]
+            }
+            None => &mut arguments[..1],
+        };
+        // SAFETY: the kernels of `gemm_sm90.cu` take three maps and the struct, those of
+        // `gemm_sm80.cu` the struct alone; the rest is the caller's promise.
+        unsafe { kernel.function.launch(name, self.handle, shape, arguments) }
+    }
+
+    /// Fills memory with zeros.
+    ///
+    /// # Safety
+    /// The bytes are writable device memory.
+    pub unsafe fn zero(&self, address: usize, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { driver::zero(address, bytes, self.handle) }
+    }
+}
+
+/// The type's part of a kernel's name.
+pub(crate) fn suffix(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::F64 => "f64",
+        DType::Bf16 => "bf16",
+        DType::F16 => "f16",
+        DType::I64 | DType::U8 => unreachable!("checked: a float tensor"),
+    }
+}

@@ -1,0 +1,402 @@
+//! The kernels' parameters: `cuda/include/logitless/params.cuh`, field by field.
+//!
+//! Device addresses are `usize`, 0 for "not wanted". The sizes are asserted on both sides.
+
+use std::mem::size_of;
+
+/// One product on tensor cores.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Gemm {
+    pub a: usize,
+    pub b: usize,
+    pub d: usize,
+    pub lda: i64,
+    pub ldb: i64,
+    pub ldd: i64,
+    pub count: usize,
+    pub alpha: usize,
+    pub reference: usize,
+    pub target: usize,
+    pub coef: usize,
+    pub bias: usize,
+    pub part: usize,
+    pub part_plane: i64,
+    pub gate: usize,
+    pub onehot_w: usize,
+    pub onehot_g: usize,
+    pub onehot_ld: i64,
+    pub m: i32,
+    pub n: i32,
+    pub k: i32,
+    pub ld_row: i32,
+    pub col0: i32,
+    pub group: i32,
+    pub accumulate: i32,
+    pub count_is_k: i32,
+    pub scale: f32,
+    pub softcap: f32,
+    pub shift: f32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<Gemm>() == 192);
+
+/// Rows of a tensor (outer, inner, features) of any strides.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct RowView {
+    pub data: usize,
+    pub outer_stride: i64,
+    pub inner_stride: i64,
+    pub feature_stride: i64,
+    pub inner: i64,
+}
+
+/// A matrix whose element type is known on the host.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct AnyMatrix {
+    pub data: usize,
+    pub row_stride: i64,
+    pub column_stride: i64,
+    pub dtype: i64,
+}
+
+/// One address a field, in registry order.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Fields {
+    pub rest: usize,
+    pub target: usize,
+    pub entropy: usize,
+    pub sum: usize,
+    pub sum_sq: usize,
+    pub mean: usize,
+    pub variance: usize,
+    pub max: usize,
+    pub argmax: usize,
+    pub rest_power: usize,
+    pub weighted_sum: usize,
+    pub weighted_rest: usize,
+    pub dot: usize,
+    pub topk_values: usize,
+    pub topk_ids: usize,
+}
+
+impl Fields {
+    /// The field of a name of the registry.
+    pub fn slot(&mut self, name: &str) -> Option<&mut usize> {
+        Some(match name {
+            "rest" => &mut self.rest,
+            "target" => &mut self.target,
+            "rest_entropy" => &mut self.entropy,
+            "sum" => &mut self.sum,
+            "sum_sq" => &mut self.sum_sq,
+            "mean" => &mut self.mean,
+            "variance" => &mut self.variance,
+            "max" => &mut self.max,
+            "argmax" => &mut self.argmax,
+            "rest_power" => &mut self.rest_power,
+            "weighted_sum" => &mut self.weighted_sum,
+            "weighted_rest" => &mut self.weighted_rest,
+            "dot" => &mut self.dot,
+            "topk_values" => &mut self.topk_values,
+            "topk_ids" => &mut self.topk_ids,
+            _ => return None,
+        })
+    }
+}
+
+/// Live rows, packed in front.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct RowList {
+    pub rows: usize,
+    pub slots: usize,
+    pub count: usize,
+    pub total: i64,
+}
+
+/// Ids of the targets.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Targets {
+    pub ids: usize,
+    pub ignore: i64,
+    pub columns: i32,
+    pub has_ignore: i32,
+    pub classes: i64,
+}
+
+/// `live_rows`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Live {
+    pub grad: Fields,
+    pub targets: Targets,
+    pub live: usize,
+    pub block_max: usize,
+    pub total: i64,
+    pub powers: i32,
+    pub vectors: i32,
+    pub topk: i32,
+    pub is_double: i32,
+}
+const _: () = assert!(size_of::<Live>() == 192);
+
+/// `select_rows`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Select {
+    pub targets: Targets,
+    pub live: usize,
+    pub block_max: usize,
+    pub rows: usize,
+    pub slots: usize,
+    pub count: usize,
+    pub scalars: usize,
+    pub total: i64,
+    pub blocks: i64,
+    pub scale: f64,
+}
+const _: () = assert!(size_of::<Select>() == 104);
+
+/// `gather_rows_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Gather {
+    pub source: RowView,
+    pub list: RowList,
+    pub packed: usize,
+    pub pitch: i64,
+    pub features: i32,
+    pub padded: i32,
+}
+const _: () = assert!(size_of::<Gather>() == 96);
+
+/// `scatter_rows_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Scatter {
+    pub target: RowView,
+    pub list: RowList,
+    pub packed: usize,
+    pub factor: usize,
+    pub pitch: i64,
+    pub features: i32,
+    pub accumulate: i32,
+}
+const _: () = assert!(size_of::<Scatter>() == 104);
+
+/// `target_logits_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct TargetLogits {
+    pub input: RowView,
+    pub list: RowList,
+    pub targets: Targets,
+    pub weight: AnyMatrix,
+    pub bias: AnyMatrix,
+    pub out: usize,
+    pub reference: usize,
+    pub target: usize,
+    pub scale: f64,
+    pub softcap: f64,
+    pub features: i32,
+    pub padded: i32,
+}
+const _: () = assert!(size_of::<TargetLogits>() == 216);
+
+/// `finish_statistics`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Finish {
+    pub out: Fields,
+    pub list: RowList,
+    pub part: usize,
+    pub reference: usize,
+    pub part_plane: i64,
+    pub ld_row: i32,
+    pub tiles: i32,
+    pub classes: i64,
+    pub tile_columns: i32,
+    pub planes: i32,
+    pub chunk_columns: i32,
+    pub chunk_tiles: i32,
+}
+const _: () = assert!(size_of::<Finish>() == 208);
+
+/// `row_coefficients`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Coefficients {
+    pub saved: Fields,
+    pub grad: Fields,
+    pub list: RowList,
+    pub targets: Targets,
+    pub scalars: usize,
+    pub coef: usize,
+    pub reference: usize,
+    pub target: usize,
+    pub classes: i64,
+    pub ld_row: i32,
+    pub padded: i32,
+}
+const _: () = assert!(size_of::<Coefficients>() == 352);
+
+/// What a backward's gradients are divided by, and its results multiplied with; made on the device.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Scalars {
+    pub g: f32,
+    pub inverse: f32,
+    pub g_scale: f32,
+    pub unused: f32,
+    pub g_wide: f64,
+    pub inverse_wide: f64,
+    pub g_scale_wide: f64,
+    pub unused_wide: f64,
+}
+const _: () = assert!(size_of::<Scalars>() == 48);
+
+/// `add_maximum`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct AddMaximum {
+    pub saved: Fields,
+    pub grad: Fields,
+    pub list: RowList,
+    pub tile: AnyMatrix,
+    pub scalars: usize,
+    pub softcap: f64,
+    pub column0: i64,
+    pub width: i64,
+}
+const _: () = assert!(size_of::<AddMaximum>() == 336);
+
+/// `column_sum`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct ColumnSum {
+    pub tile: AnyMatrix,
+    pub out: AnyMatrix,
+    pub count: usize,
+    pub factor: usize,
+    pub rows: i64,
+    pub columns: i64,
+}
+const _: () = assert!(size_of::<ColumnSum>() == 96);
+
+/// `row_dots` and `fold_dots`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Dots {
+    pub input: AnyMatrix,
+    pub gradient: AnyMatrix,
+    pub count: usize,
+    pub partial: usize,
+    pub out: usize,
+    pub factor: usize,
+    pub rows: i64,
+    pub features: i32,
+    pub is_double: i32,
+}
+const _: () = assert!(size_of::<Dots>() == 112);
+
+/// `widen_vector`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Widen {
+    pub source: AnyMatrix,
+    pub out: usize,
+    pub length: i64,
+    pub is_double: i64,
+}
+const _: () = assert!(size_of::<Widen>() == 56);
+
+/// `tile_statistics_*` and `tile_gradient_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Tile {
+    pub saved: Fields,
+    pub grad: Fields,
+    pub list: RowList,
+    pub targets: Targets,
+    pub z: usize,
+    pub dx: usize,
+    pub z_pitch: i64,
+    pub dx_pitch: i64,
+    pub state: usize,
+    pub vectors: usize,
+    pub vector_stride: i64,
+    pub vector_column: i64,
+    pub dense: AnyMatrix,
+    pub d_dense: AnyMatrix,
+    pub scalars: usize,
+    pub softcap: f64,
+    pub column0: i64,
+    pub width: i32,
+    pub state_size: i32,
+    pub first: i32,
+    pub last: i32,
+    pub mask: i32,
+    pub powers: i32,
+    pub vector_count: i32,
+    pub topk: i32,
+    pub power: [f64; MAX_POWERS],
+    pub padded: i32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<Tile>() == 560);
+
+/// Exponents that one call takes.
+pub const MAX_POWERS: usize = 8;
+
+/// Slots of a row's state that do not depend on the statistics' parameters.
+pub const FIXED_SLOTS: usize = 10;
+
+/// Bits of `Tile::mask`, by the statistics' names.
+pub fn statistic_bit(name: &str) -> i32 {
+    match name {
+        "rest" => 1,
+        "entropy" => 2,
+        "sum" => 4,
+        "sum_sq" => 8,
+        "variance" => 16,
+        "max" => 32,
+        "rest_power" => 64,
+        "weighted_sum" => 128,
+        "weighted_rest" => 256,
+        "dot" => 512,
+        "topk" => 1024,
+        "target" => 2048,
+        _ => 0,
+    }
+}
+
+/// `plain_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Plain {
+    pub a: usize,
+    pub b: usize,
+    pub d: usize,
+    pub a_m: i64,
+    pub a_k: i64,
+    pub b_n: i64,
+    pub b_k: i64,
+    pub d_m: i64,
+    pub d_n: i64,
+    pub count: usize,
+    pub alpha: usize,
+    pub bias: usize,
+    pub scale: f64,
+    pub softcap: f64,
+    pub m: i32,
+    pub n: i32,
+    pub k: i32,
+    pub count_is_k: i32,
+    pub accumulate: i32,
+    pub logits: i32,
+}
+const _: () = assert!(size_of::<Plain>() == 136);

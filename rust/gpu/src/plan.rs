@@ -1,0 +1,415 @@
+//! Sizes: which path a call takes, how it is cut into chunks of classes, and every byte that it needs.
+//!
+//! One pure function of the shapes, the wanted gradients and the device makes a plan; `forward` and
+//! `backward` lay their buffers out with the same code (`Layout`) in the memory that the caller
+//! allocated for it. The chunk of classes is what is left of the budget.
+
+use logitless_core::{DType, Error as CallError, Memory, Spec, Tensor, wanted};
+
+use crate::driver::{self, Facts};
+use crate::error::Result;
+use crate::params::{FIXED_SLOTS, MAX_POWERS};
+use crate::product::{Matrix, Operation, choose};
+
+/// Where statistics are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Path {
+    /// In the epilogue of E Wᵀ, which writes this many planes of partials.
+    Fused { planes: usize },
+    /// From tiles of logits in memory.
+    Tiled,
+}
+
+/// The sizes of a forward and of its backward on one device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// N.
+    pub rows: usize,
+    /// D.
+    pub features: usize,
+    /// V.
+    pub classes: usize,
+    /// Element type of the input.
+    pub dtype: DType,
+    /// Workspace of a forward.
+    pub forward_bytes: usize,
+    /// Workspace of a backward.
+    pub backward_bytes: usize,
+    /// Kept from the forward for the backward.
+    pub store_bytes: usize,
+    /// Named shares of the workspaces.
+    pub parts: Vec<(&'static str, usize)>,
+    /// `fused` or `tiled`.
+    pub mode: &'static str,
+    /// Classes a chunk, forward and backward.
+    pub chunks: (usize, usize),
+    pub(crate) path: Path,
+    pub(crate) direct_weight: bool,
+    pub(crate) gradients: u32,
+}
+
+/// Rows of a buffer that tensor-core tiles write whole.
+pub(crate) fn padded(rows: usize) -> usize {
+    rows.next_multiple_of(256)
+}
+
+/// Elements of a packed row: a multiple of 16 bytes.
+pub(crate) fn pitch(columns: usize, dtype: DType) -> usize {
+    columns.next_multiple_of((16 / dtype.size()).max(1))
+}
+
+/// Whether tensor-core kernels can read a weight in place; otherwise plans need `contiguous = false`.
+pub fn describable(weight: &Tensor) -> bool {
+    weight.shape().len() == 2 && Matrix::of(weight).describable()
+}
+
+/// Addresses of a workspace, or only their count of bytes.
+#[derive(Debug)]
+pub(crate) struct Arena {
+    base: usize,
+    pub used: usize,
+    pub parts: Vec<(&'static str, usize)>,
+}
+
+impl Arena {
+    pub fn at(base: usize) -> Arena {
+        Arena { base, used: 0, parts: Vec::new() }
+    }
+
+    /// The next bytes, aligned for tensor maps and wide loads.
+    pub fn take(&mut self, name: &'static str, bytes: usize) -> usize {
+        let address = self.base + self.used;
+        self.used += bytes.next_multiple_of(256);
+        match self.parts.iter_mut().find(|part| part.0 == name) {
+            Some(part) => part.1 += bytes.next_multiple_of(256),
+            None => self.parts.push((name, bytes.next_multiple_of(256))),
+        }
+        address
+    }
+}
+
+/// What the layouts depend on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Geometry {
+    pub rows: usize,
+    pub features: usize,
+    pub classes: usize,
+    pub dtype: DType,
+    pub path: Path,
+    pub direct_weight: bool,
+    pub gradients: u32,
+    /// Accumulators of a row's state on the tiled path.
+    pub state: usize,
+    /// Classes a column of partials.
+    pub part_columns: usize,
+}
+
+impl Geometry {
+    pub fn new(spec: &Spec, plan: &Plan, facts: &Facts) -> Geometry {
+        let Plan { rows, features, classes, dtype, path, direct_weight, gradients, .. } = *plan;
+        let operation = partials(path);
+        let part_columns = choose(facts, operation, dtype, false, rows, classes).map_or(64, |choice| choice.part_columns());
+        let state = FIXED_SLOTS + 2 * spec.powers().len() + 2 * spec.vectors() + 2 * spec.topk();
+        Geometry { rows, features, classes, dtype, path, direct_weight, gradients, state, part_columns }
+    }
+
+    fn acc(&self) -> DType {
+        self.dtype.accumulator()
+    }
+
+    fn wants(&self, gradient: u32) -> bool {
+        self.gradients & gradient != 0
+    }
+
+    /// A packed copy of the input.
+    fn packed_bytes(&self) -> usize {
+        padded(self.rows) * pitch(self.features, self.dtype) * self.dtype.size()
+    }
+
+    /// Whether the gradient of the input is a buffer that can hold the packed input until it is written.
+    pub fn may_borrow(&self) -> bool {
+        self.wants(wanted::INPUT) && pitch(self.features, self.dtype) == self.features
+    }
+
+    /// Whether the gradient of the weight may have rows that tensor cores can write.
+    fn weight_rows_fit(&self) -> bool {
+        self.direct_weight && pitch(self.features, self.dtype) == self.features
+    }
+}
+
+/// The forward product of a path.
+pub(crate) fn partials(path: Path) -> Operation {
+    match path {
+        Path::Fused { planes: 7 } => Operation::Statistics,
+        Path::Fused { planes: 2 } => Operation::OnlineRest,
+        _ => Operation::Online,
+    }
+}
+
+/// Which rows take part.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ListBuffers {
+    pub rows: usize,
+    pub slots: usize,
+    pub count: usize,
+}
+
+impl ListBuffers {
+    fn lay(arena: &mut Arena, rows: usize) -> ListBuffers {
+        ListBuffers {
+            rows: arena.take("rows", 4 * padded(rows)),
+            slots: arena.take("rows", 4 * rows),
+            count: arena.take("rows", 4),
+        }
+    }
+}
+
+/// Buffers of a forward.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ForwardLayout {
+    pub list: ListBuffers,
+    pub packed: usize,
+    /// Class of each slot's target, and its logit.
+    pub target: usize,
+    pub reference: usize,
+    pub bias: usize,
+    pub part: usize,
+    pub state: usize,
+    pub z: usize,
+    /// Copy of a chunk of the weight.
+    pub copy: Option<usize>,
+}
+
+impl ForwardLayout {
+    pub fn lay(arena: &mut Arena, g: &Geometry, width: usize) -> ForwardLayout {
+        let (rows, acc) = (padded(g.rows), g.acc().size());
+        let list = ListBuffers::lay(arena, g.rows);
+        let packed = arena.take("packed input", g.packed_bytes());
+        let target = arena.take("targets", 4 * rows);
+        let reference = arena.take("targets", 4 * rows);
+        let bias = arena.take("bias", acc * g.classes);
+        let (mut part, mut state, mut z) = (0, 0, 0);
+        match g.path {
+            Path::Fused { planes } => {
+                let tiles = g.classes.div_ceil(width.max(1)) * width.div_ceil(g.part_columns);
+                part = arena.take("partials", 4 * planes * tiles * rows);
+            }
+            Path::Tiled => {
+                state = arena.take("state", acc * g.rows * g.state);
+                z = arena.take("logits", acc * rows * width);
+            }
+        }
+        let copy = (!g.direct_weight).then(|| arena.take("weight copy", width * pitch(g.features, g.dtype) * g.dtype.size()));
+        ForwardLayout { list, packed, target, reference, bias, part, state, z, copy }
+    }
+}
+
+/// Buffers of a backward.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BackwardLayout {
+    pub list: ListBuffers,
+    /// Flag of each row, largest cotangent of each block, and the scalars made of them.
+    pub live: usize,
+    pub block_max: usize,
+    pub scalars: usize,
+    pub coef: usize,
+    pub target: usize,
+    pub reference: usize,
+    pub bias: usize,
+    pub dots: usize,
+    /// Nothing when the gradient of the input lends its memory.
+    pub packed: Option<usize>,
+    /// Accumulators of the gradient of the input.
+    pub sums: usize,
+    pub z: usize,
+    pub dx: usize,
+    pub copy: Option<usize>,
+    /// Accumulators of a chunk of the gradient of the weight, where its rows cannot be written in place.
+    pub weight_sums: Option<usize>,
+}
+
+impl BackwardLayout {
+    pub fn lay(arena: &mut Arena, g: &Geometry, width: usize, borrow: bool) -> BackwardLayout {
+        let (rows, acc) = (padded(g.rows), g.acc().size());
+        let list = ListBuffers::lay(arena, g.rows);
+        let live = arena.take("rows", g.rows);
+        let block_max = arena.take("rows", 4 * g.rows.div_ceil(256));
+        let scalars = arena.take("rows", 16);
+        let coef = arena.take("coefficients", 5 * 4 * rows);
+        let target = arena.take("coefficients", 4 * rows);
+        let reference = arena.take("coefficients", 4 * rows);
+        let bias = arena.take("bias", acc * g.classes);
+        let dots = arena.take("coefficients", if g.wants(wanted::SCALE) { 8 * g.rows } else { 0 });
+        let packed = (!borrow).then(|| arena.take("packed input", g.packed_bytes()));
+        let with_sums = g.wants(wanted::INPUT | wanted::SCALE);
+        let sums = arena.take("input sums", if with_sums { acc * rows * pitch(g.features, g.acc()) } else { 0 });
+        let size = g.dtype.size();
+        // Gradients of the accumulators' type overwrite the logits they are made of.
+        let in_place = g.dtype == g.acc();
+        let z = arena.take("logits", if g.path == Path::Tiled { acc * rows * width } else { 0 });
+        let dx = if g.path == Path::Tiled && in_place { z } else { arena.take("logit gradients", size * rows * width) };
+        let copy = (!g.direct_weight).then(|| arena.take("weight copy", width * pitch(g.features, g.dtype) * size));
+        let apart = g.wants(wanted::WEIGHT) && !g.weight_rows_fit();
+        let weight_sums = apart.then(|| arena.take("weight sums", acc * width * pitch(g.features, g.acc())));
+        BackwardLayout {
+            list, live, block_max, scalars, coef, target, reference, bias, dots, packed, sums, z, dx, copy, weight_sums,
+        }
+    }
+
+    /// Classes a chunk that `bytes` allow, in steps of 64 (0: not even one step).
+    pub fn widest(g: &Geometry, bytes: usize, borrow: bool) -> usize {
+        let used = |width| {
+            let mut arena = Arena::at(0);
+            BackwardLayout::lay(&mut arena, g, width, borrow);
+            arena.used
+        };
+        // Sizes are linear in the width, and 64 classes of any buffer fill whole alignment steps.
+        let (fixed, step) = (used(0), used(64) - used(0));
+        bytes.saturating_sub(fixed) / step * 64
+    }
+}
+
+/// Sizes the workspaces of a forward and its backward on a device.
+///
+/// `contiguous` says that the weight is [`describable`]; if not, chunks of it are copied.
+///
+/// # Errors
+/// A parameter beyond what the kernels take, or no usable device.
+#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
+pub fn plan(
+    spec: &Spec,
+    rows: usize,
+    features: usize,
+    classes: usize,
+    dtype: DType,
+    memory: Memory,
+    gradients: u32,
+    contiguous: bool,
+    device: usize,
+) -> Result<Plan> {
+    let facts = &driver::device(device)?.facts;
+    plan_for(spec, rows, features, classes, dtype, memory, gradients, contiguous, facts)
+}
+
+/// `plan` on a device of the given facts.
+#[expect(clippy::too_many_arguments, reason = "as above")]
+pub(crate) fn plan_for(
+    spec: &Spec,
+    rows: usize,
+    features: usize,
+    classes: usize,
+    dtype: DType,
+    memory: Memory,
+    gradients: u32,
+    contiguous: bool,
+    facts: &Facts,
+) -> Result<Plan> {
+    let limit = |argument, value: usize, most: usize| {
+        let expected = format!("at most {most} on CUDA");
+        if value > most { Err(CallError::Value { argument, value: value.to_string(), expected }) } else { Ok(()) }
+    };
+    limit("powers", spec.powers().len(), MAX_POWERS)?;
+    for (argument, value) in [("rows", rows), ("features", features), ("classes", classes)] {
+        limit(argument, value, i32::MAX as usize - 65_536)?;
+    }
+    let path = path(spec, dtype, facts, rows, classes);
+    let mode = if path == Path::Tiled { "tiled" } else { "fused" };
+    let mut plan = Plan {
+        rows,
+        features,
+        classes,
+        dtype,
+        forward_bytes: 0,
+        backward_bytes: 0,
+        store_bytes: 0,
+        parts: Vec::new(),
+        mode,
+        chunks: (0, 0),
+        path,
+        direct_weight: contiguous,
+        gradients,
+    };
+    let g = Geometry::new(spec, &plan, facts);
+
+    plan.chunks.0 = match path {
+        Path::Fused { .. } if contiguous => classes.max(1),
+        // A tile of logits that stays in a large L2 on its way to the row kernel, and fills the device.
+        _ => (TILE_BYTES / (padded(rows).max(1) * g.acc().size())).clamp(512, 32_768).next_multiple_of(384).min(classes.next_multiple_of(64).max(64)),
+    };
+    let mut arena = Arena::at(0);
+    ForwardLayout::lay(&mut arena, &g, plan.chunks.0);
+    plan.forward_bytes = arena.used;
+    plan.parts = arena.parts;
+    if gradients != 0 {
+        let width = backward_width(&g, memory, facts);
+        let mut arena = Arena::at(0);
+        BackwardLayout::lay(&mut arena, &g, width, g.may_borrow());
+        plan.chunks.1 = width;
+        plan.backward_bytes = arena.used;
+        if plan.backward_bytes > plan.forward_bytes {
+            plan.parts = arena.parts;
+        }
+    }
+    Ok(plan)
+}
+
+/// Bytes of a tile of logits on the tiled path.
+const TILE_BYTES: usize = 64 << 20;
+
+/// The fused path where its epilogues make everything that is wanted.
+fn path(spec: &Spec, dtype: DType, facts: &Facts, rows: usize, classes: usize) -> Path {
+    let has = |name: &str| spec.statistics().any(|other| other == name);
+    let planes = match () {
+        () if ["sum", "sum_sq", "variance", "max"].iter().any(|name| has(name)) => 7,
+        () if has("entropy") => 3,
+        () => 2,
+    };
+    let fused = spec.targets() <= 1
+        && spec.statistics().all(|name| ["rest", "target", "entropy", "sum", "sum_sq", "variance", "max"].contains(&name));
+    let path = Path::Fused { planes };
+    let available = [partials(path), Operation::Gradient, Operation::DwF32, Operation::DeF32]
+        .iter()
+        .all(|&operation| choose(facts, operation, dtype, true, rows, classes).is_some());
+    if fused && available { path } else { Path::Tiled }
+}
+
+/// Classes a chunk of the backward: the budget's most, cut so that the last waves are full.
+fn backward_width(g: &Geometry, memory: Memory, facts: &Facts) -> usize {
+    let gradient = |bit, bytes: usize| if g.gradients & bit != 0 { bytes } else { 0 };
+    let size = g.dtype.size();
+    let gradients = gradient(wanted::INPUT, g.rows * g.features * size) + gradient(wanted::WEIGHT, g.classes * g.features * size);
+    // Lean's promise: a quarter of the gradients beside them, or 256 MiB.
+    let lean = (gradients / 4).max(256 << 20);
+    let budget = match memory {
+        Memory::Lean => lean,
+        Memory::Fast => lean.max(g.rows * 2 * 16_896 * size + (256 << 20)),
+        Memory::Bytes(bytes) => lean.max(bytes),
+    };
+    let all = g.classes.next_multiple_of(64).max(64);
+    let most = BackwardLayout::widest(g, budget, g.may_borrow()).clamp(384, 33_792);
+    if most >= all {
+        return all;
+    }
+    // All widths down to half of the most: the cheapest by waves, the narrower of equals.
+    (most / 2..=most)
+        .filter(|width| width.is_multiple_of(64))
+        .min_by(|&a, &b| backward_cost(g, facts, a).total_cmp(&backward_cost(g, facts, b)))
+        .unwrap_or(most)
+}
+
+/// Time of a backward cut into chunks of `width` classes, in the units of `Choice::cost` times depth.
+fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
+    // A launch's tail and refill, about 30 µs of a multiprocessor's products.
+    const LAUNCH: f64 = 30e-6 * 0.6e15 / 132.0 / 2.0;
+    let chunk = |width: usize| {
+        let cost = |operation, m, n, depth: usize| {
+            choose(facts, operation, g.dtype, false, m, n).map_or(0.0, |choice| choice.cost(facts, m, n) * depth as f64 + LAUNCH)
+        };
+        let logits = if g.path == Path::Tiled { Operation::Logits } else { Operation::Gradient };
+        cost(logits, g.rows, width, g.features)
+            + cost(Operation::DwF32, width, g.features, g.rows)
+            + cost(Operation::DeF32, g.rows, g.features, width)
+    };
+    let (whole, last) = (g.classes / width, g.classes % width);
+    whole as f64 * chunk(width) + if last > 0 { chunk(last) } else { 0.0 }
+}

@@ -1,0 +1,275 @@
+//! One matrix product: on tensor cores where a kernel and the layout allow it, plainly where not.
+
+use logitless_core::{DType, Tensor};
+
+use crate::driver::{Facts, TensorMap, TensorMapSpec};
+use crate::error::Result;
+use crate::images::{self, Tile};
+use crate::launch::{Stream, suffix};
+use crate::params::{self, AnyMatrix};
+
+/// A matrix in device memory. Strides count elements.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix {
+    pub address: usize,
+    pub dtype: DType,
+    pub columns: usize,
+    pub row_stride: i64,
+    pub column_stride: i64,
+}
+
+impl Matrix {
+    /// A tensor of two axes.
+    pub fn of(tensor: &Tensor) -> Matrix {
+        let ((_, row), (columns, column)) = (tensor.axis(0), tensor.axis(1));
+        let (row_stride, column_stride) = (row as i64, column as i64);
+        Matrix { address: tensor.address(), dtype: tensor.dtype(), columns, row_stride, column_stride }
+    }
+
+    /// Adjacent columns, rows `pitch` apart.
+    pub fn packed(address: usize, dtype: DType, columns: usize, pitch: usize) -> Matrix {
+        Matrix { address, dtype, columns, row_stride: pitch as i64, column_stride: 1 }
+    }
+
+    /// Whether copies of 16 bytes can read its rows.
+    pub fn describable(&self) -> bool {
+        self.column_stride == 1
+            && self.address % 16 == 0
+            && self.row_stride >= self.columns as i64
+            && self.row_stride * self.dtype.size() as i64 % 16 == 0
+    }
+
+    /// The matrix without its first rows.
+    pub fn rows_from(self, first: usize) -> Matrix {
+        let bytes = first as i64 * self.row_stride * self.dtype.size() as i64;
+        Matrix { address: self.address.wrapping_add_signed(bytes as isize), ..self }
+    }
+
+    /// For kernels that read any type.
+    pub fn any(&self) -> AnyMatrix {
+        AnyMatrix {
+            data: self.address,
+            row_stride: self.row_stride,
+            column_stride: self.column_stride,
+            dtype: self.dtype as i64,
+        }
+    }
+}
+
+/// What a product is for. The name is the kernel's; the operands' order in memory follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// Maximum and sum of exponentials for each class tile.
+    OnlineRest,
+    /// The same, and their first moment.
+    Online,
+    /// The same, and sum, squares and maximum over all classes.
+    Statistics,
+    /// Gradient of the logits of a cross entropy.
+    GradientCe,
+    /// Gradient of the logits of every fused statistic.
+    Gradient,
+    /// The logits themselves.
+    Logits,
+    /// Gradient of the weight, in the operands' type.
+    Dw,
+    /// Gradient of the weight in float.
+    DwF32,
+    /// Gradient of the input in float.
+    DeF32,
+}
+
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Operation::OnlineRest => "online_rest",
+            Operation::Online => "online",
+            Operation::Statistics => "statistics",
+            Operation::GradientCe => "gradient_ce",
+            Operation::Gradient => "gradient",
+            Operation::Logits => "logits",
+            Operation::Dw => "dw",
+            Operation::DwF32 => "dw_f32",
+            Operation::DeF32 => "de_f32",
+        }
+    }
+
+    /// Whether A and B are stored with K as rows.
+    fn transposed(self) -> (bool, bool) {
+        match self {
+            Operation::Dw | Operation::DwF32 => (true, true),
+            Operation::DeF32 => (false, true),
+            _ => (false, false),
+        }
+    }
+
+    /// Whether a logit map with bias and softcap makes another kernel.
+    fn mapped(self) -> bool {
+        self.transposed() == (false, false)
+    }
+}
+
+/// Names of the tiles, those that move fewer bytes a product first.
+const TILES: [&str; 5] = ["c256x192", "c128x256", "c128x192", "p128x192", "t128x128"];
+
+/// A kernel for a product and its tile.
+#[derive(Clone, Debug)]
+pub(crate) struct Choice {
+    pub name: String,
+    pub tile: Tile,
+}
+
+impl Choice {
+    /// Classes of one column of partials.
+    pub fn part_columns(&self) -> usize {
+        // Without clusters (mma.sync) two warps share the tile's columns.
+        if self.tile.cluster > 1 { self.tile.n as usize } else { 64 }
+    }
+
+    /// Whether the kernel reads its operands through tensor maps.
+    fn by_maps(&self) -> bool {
+        self.tile.cluster > 1
+    }
+
+    /// Output tiles, of a whole cluster each.
+    fn tiles(&self, m: usize, n: usize) -> usize {
+        m.div_ceil((self.tile.m * self.tile.cluster) as usize) * n.div_ceil(self.tile.n as usize)
+    }
+
+    /// Time of an (m, n) product in units of one multiprocessor's work on one output element of depth one.
+    pub fn cost(&self, facts: &Facts, m: usize, n: usize) -> f64 {
+        let clusters = (facts.multiprocessors / self.tile.cluster).max(1) as usize;
+        let waves = self.tiles(m, n).div_ceil(clusters) as f64;
+        // Measured on an H200 at equal wave counts: more bytes a product cost energy, so clock.
+        let penalty = match self.tile.name {
+            "c256x192" | "t128x128" => 1.0,
+            "c128x256" => 1.015,
+            _ => 1.03,
+        };
+        waves * f64::from(self.tile.m * self.tile.n) * penalty
+    }
+}
+
+/// The kernel for a product of (m, n) outputs on a device, if there is one.
+pub(crate) fn choose(facts: &Facts, operation: Operation, dtype: DType, mapped: bool, m: usize, n: usize) -> Option<Choice> {
+    if dtype == DType::F64 {
+        return None;
+    }
+    let map = if mapped && operation.mapped() { "m" } else { "" };
+    let choices = TILES.iter().filter_map(|tile| {
+        let name = format!("{}_{}{map}_{tile}", operation.name(), suffix(dtype));
+        images::tile(&name, facts).map(|tile| Choice { name, tile })
+    });
+    choices.min_by(|a, b| a.cost(facts, m, n).total_cmp(&b.cost(facts, m, n)))
+}
+
+/// Operands of a product, as stored: K-major (rows of K), or with K as rows where the operation says so.
+pub(crate) struct Operands {
+    pub a: Matrix,
+    pub b: Matrix,
+    /// The result's memory; nothing for statistics.
+    pub d: Option<Matrix>,
+}
+
+/// Enqueues a product on tensor cores. `epilogue` holds its extents and everything that the epilogue reads.
+///
+/// # Safety
+/// Operands and epilogue describe device memory that is valid for the extents.
+pub(crate) unsafe fn tensor_cores(stream: &Stream, operation: Operation, choice: &Choice, operands: &Operands, epilogue: params::Gemm) -> Result<()> {
+    let (m, n, k) = (epilogue.m as usize, epilogue.n as usize, epilogue.k as usize);
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let Operands { a, b, d } = operands;
+    let tile = choice.tile;
+    let params = params::Gemm {
+        a: a.address,
+        b: b.address,
+        d: d.map_or(0, |d| d.address),
+        lda: a.row_stride,
+        ldb: b.row_stride,
+        ldd: d.map_or(0, |d| d.row_stride),
+        // Rows of a cluster in a raster group: 2048 rows.
+        group: (2048 / (tile.m * tile.cluster)).max(1) as i32,
+        ..epilogue
+    };
+    let kernel = images::kernel(stream.device, &choice.name)?;
+    if !choice.by_maps() {
+        // SAFETY: the caller's promise.
+        return unsafe { stream.launch_tiles(&choice.name, kernel, choice.tiles(m, n), None, &params) };
+    }
+    let map = |matrix: &Matrix, columns: usize, rows: usize, tile: (u32, u32)| {
+        let pitch = matrix.row_stride as usize * matrix.dtype.size();
+        TensorMap::encode(TensorMapSpec { address: matrix.address, dtype: matrix.dtype, extent: (columns, rows), pitch, tile })
+    };
+    let (a_rows_are_k, b_rows_are_k) = operation.transposed();
+    let map_a = if a_rows_are_k { map(a, m, k, (64, 64))? } else { map(a, k, m, (64, tile.m))? };
+    let map_b = if !b_rows_are_k {
+        map(b, k, n, (64, tile.n / tile.cluster))?
+    } else {
+        // Each block of the cluster loads its share of the 64-column panels, or of every panel's rows.
+        let shared_panels = (tile.n / 64).is_multiple_of(tile.cluster);
+        map(b, n, k, (64, if shared_panels { 64 } else { 64 / tile.cluster }))?
+    };
+    let map_d = match d {
+        Some(d) => map(d, n, m, (if d.dtype == DType::F32 { 32 } else { 64 }, 64))?,
+        None => map_a,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { stream.launch_tiles(&choice.name, kernel, choice.tiles(m, n), Some(&[map_a, map_b, map_d]), &params) }
+}
+
+/// Extents and epilogue of a plain product.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct PlainEpilogue {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    pub count: usize,
+    pub count_is_k: bool,
+    pub alpha: usize,
+    pub accumulate: bool,
+    /// Scale, softcap and address of the bias of a product that makes logits.
+    pub logits: Option<(f64, f64, usize)>,
+}
+
+/// Enqueues a product without tensor cores, for any strides and types.
+///
+/// # Safety
+/// As for `tensor_cores`.
+pub(crate) unsafe fn plain(stream: &Stream, operation: Operation, operands: &Operands, epilogue: PlainEpilogue) -> Result<()> {
+    let Operands { a, b, d } = operands;
+    let d = d.expect("plain products store their result");
+    let (a_rows_are_k, b_rows_are_k) = operation.transposed();
+    let strides = |matrix: &Matrix, rows_are_k: bool| {
+        if rows_are_k { (matrix.column_stride, matrix.row_stride) } else { (matrix.row_stride, matrix.column_stride) }
+    };
+    let ((a_m, a_k), (b_n, b_k)) = (strides(a, a_rows_are_k), strides(b, b_rows_are_k));
+    let (scale, softcap, bias) = epilogue.logits.unwrap_or((1.0, 0.0, 0));
+    let params = params::Plain {
+        a: a.address,
+        b: b.address,
+        d: d.address,
+        a_m,
+        a_k,
+        b_n,
+        b_k,
+        d_m: d.row_stride,
+        d_n: d.column_stride,
+        count: epilogue.count,
+        alpha: epilogue.alpha,
+        bias,
+        scale,
+        softcap,
+        m: epilogue.m as i32,
+        n: epilogue.n as i32,
+        k: epilogue.k as i32,
+        count_is_k: i32::from(epilogue.count_is_k),
+        accumulate: i32::from(epilogue.accumulate),
+        logits: i32::from(epilogue.logits.is_some()),
+    };
+    let name = format!("plain_{}_{}", suffix(a.dtype), suffix(d.dtype));
+    let grid = (epilogue.n.div_ceil(64), epilogue.m.div_ceil(64));
+    // SAFETY: the caller's promise.
+    unsafe { stream.launch(&name, grid, 256, 0, &params) }
+}
