@@ -20,6 +20,7 @@ template <class Map, bool kAffine, int kStorePanels>
 struct GradientEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = false;
+  static constexpr bool kRolled = Map::kCapped || kAffine;
   enum Plane { kA, kB, kC, kD, kE };
 
   template <int kColumns, bool kCareful, class Store>

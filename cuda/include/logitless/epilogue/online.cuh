@@ -24,6 +24,7 @@ struct OnlineEpilogue {
   static_assert(kEntropy || !kMoments, "the moments share the entropy's pass");
   static constexpr int kPanels = 0;
   static constexpr bool kGated = true;
+  static constexpr bool kRolled = kMoments || Map::kCapped;
   static constexpr int kNowhere = 1 << 30;
 
   // Lowest column of a row half with a nan, or kNowhere. Rare: only where a sum came out nan.

@@ -18,6 +18,7 @@ template <class Map, bool kEntropy, bool kStore, int kStorePanels>
 struct RestEpilogue {
   static constexpr int kPanels = kStore ? kStorePanels : 0;
   static constexpr bool kGated = kStore;  // a repair stores the rows again
+  static constexpr bool kRolled = false;
 
   template <int kColumns, bool kCareful, class Store>
   static __device__ __forceinline__ void body(float (&acc)[kColumns / 2], const Band& band, Store& store, const Exceptions& ex) {

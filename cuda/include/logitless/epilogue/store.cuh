@@ -10,6 +10,7 @@ template <bool kOneHot, int kStorePanels>
 struct HalfStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = false;
+  static constexpr bool kRolled = false;
 
   template <int kColumns, class Store>
   static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band, Store& store) {
@@ -59,6 +60,7 @@ template <class Map, bool kMapped, int kStorePanels>
 struct FloatStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = false;
+  static constexpr bool kRolled = false;
 
   template <int kColumns, class Store>
   static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band, Store& store) {

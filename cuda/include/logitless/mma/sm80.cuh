@@ -98,44 +98,62 @@ struct Sm80Operand {
   }
 };
 
-// acc[16 rows][16 columns] += left right^T over one step, fragments as above.
+// acc[M fragments of 16 rows][N fragments of 16 columns] += left right^T over one step.
+struct HalfFragment {
+  u32 bits[4];
+};
+
 template <class Element>
-struct Sm80Mma;
+struct Sm80Mma {
+  using Fragment = HalfFragment;
+
+  template <int kM, int kN>
+  static __device__ __forceinline__ void product(float (&acc)[kM][8 * kN], const Fragment (&a)[kM], const Fragment (&b)[kN], bool) {
+#pragma unroll
+    for (int i = 0; i < kM; i++)
+#pragma unroll
+      for (int j = 0; j < 2 * kN; j++) {
+        const u32 *right = b[j / 2].bits + 2 * (j % 2);
+        if (Element::kIsBf16) ptx::mma_bf16(&acc[i][4 * j], a[i].bits, right[0], right[1]);
+        else ptx::mma_f16(&acc[i][4 * j], a[i].bits, right[0], right[1]);
+      }
+  }
+};
 
 template <>
-struct Sm80Mma<Bf16> {
-  static __device__ __forceinline__ void mma(float* d, const u32 (&a)[4], const u32 (&b)[4], bool) {
-    ptx::mma_bf16(d, a, b[0], b[1]);
-    ptx::mma_bf16(d + 4, a, b[2], b[3]);
-  }
-};
-template <>
-struct Sm80Mma<F16> {
-  static __device__ __forceinline__ void mma(float* d, const u32 (&a)[4], const u32 (&b)[4], bool) {
-    ptx::mma_f16(d, a, b[0], b[1]);
-    ptx::mma_f16(d + 4, a, b[2], b[3]);
-  }
-};
-template <>
 struct Sm80Mma<F32> {
-  static __device__ __forceinline__ void split(const u32 (&x)[4], u32 (&high)[4], u32 (&low)[4]) {
+  using Fragment = HalfFragment;  // as loaded; split once a step, not once a product
+
+  struct Split {
+    u32 high[4], low[4];
+    __device__ __forceinline__ explicit Split(const u32 (&x)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      high[i] = ptx::round_tf32(x[i]);
-      low[i] = __float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i]));
-    }
-  }
-  static __device__ __forceinline__ void mma(float* d, const u32 (&a)[4], const u32 (&b)[4], bool single) {
-    u32 ah[4], al[4], bh[4], bl[4];
-    split(a, ah, al);
-    split(b, bh, bl);
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-      if (!single) {  // small products first
-        ptx::mma_tf32(d + 4 * j, al, bh[2 * j], bh[2 * j + 1]);
-        ptx::mma_tf32(d + 4 * j, ah, bl[2 * j], bl[2 * j + 1]);
+      for (int i = 0; i < 4; i++) {
+        high[i] = ptx::round_tf32(x[i]);
+        low[i] = __float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i]));
       }
-      ptx::mma_tf32(d + 4 * j, ah, bh[2 * j], bh[2 * j + 1]);
+    }
+  };
+
+  template <int kM, int kN>
+  static __device__ __forceinline__ void product(float (&acc)[kM][8 * kN], const Fragment (&a)[kM], const Fragment (&b)[kN],
+                                                 bool single) {
+#pragma unroll
+    for (int i = 0; i < kM; i++) {
+      const Split left(a[i].bits);
+#pragma unroll
+      for (int j = 0; j < kN; j++) {
+        const Split right(b[j].bits);
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          float* d = &acc[i][8 * j + 4 * h];
+          if (!single) {  // small products first
+            ptx::mma_tf32(d, left.low, right.high[2 * h], right.high[2 * h + 1]);
+            ptx::mma_tf32(d, left.high, right.low[2 * h], right.low[2 * h + 1]);
+          }
+          ptx::mma_tf32(d, left.high, right.high[2 * h], right.high[2 * h + 1]);
+        }
+      }
     }
   }
 };

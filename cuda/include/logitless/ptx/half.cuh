@@ -6,6 +6,7 @@ namespace logitless {
 
 struct Bf16 {
   static constexpr int kBytes = 2;
+  static constexpr bool kIsBf16 = true;
   static __device__ __forceinline__ u32 pack(float low, float high) {  // round to nearest even
     u32 r;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
@@ -20,6 +21,7 @@ struct Bf16 {
 
 struct F16 {
   static constexpr int kBytes = 2;
+  static constexpr bool kIsBf16 = false;
   static __device__ __forceinline__ u32 pack(float low, float high) {
     u32 r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));

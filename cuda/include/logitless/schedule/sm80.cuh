@@ -17,6 +17,7 @@
 // A class block (index of the partials) is one warp's 64 columns.
 #pragma once
 #include "logitless/epilogue/direct.cuh"
+#include "logitless/epilogue/fragments.cuh"
 #include "logitless/mma/sm80.cuh"
 #include "logitless/ptx/barrier.cuh"
 #include "logitless/schedule/raster.cuh"
@@ -46,8 +47,9 @@ struct Sm80Gemm {
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 16;
   using Tiles = Raster<kTileM, kTileN, Epilogue::kGated>;
 
+  using Mma = Sm80Mma<Element>;
   struct Fragments {
-    u32 a[kFragmentsM][4], b[kFragmentsN][4];
+    typename Mma::Fragment a[kFragmentsM], b[kFragmentsN];
   };
   struct Offsets {
     u32 a, b;
@@ -56,9 +58,9 @@ struct Sm80Gemm {
 
   static __device__ __forceinline__ void read(Fragments& f, u32 stage, const Offsets& at, int s) {
 #pragma unroll
-    for (int i = 0; i < kFragmentsM; i++) A::template fragment<true>(f.a[i], stage, at.a, i, s, at.lane);
+    for (int i = 0; i < kFragmentsM; i++) A::template fragment<true>(f.a[i].bits, stage, at.a, i, s, at.lane);
 #pragma unroll
-    for (int j = 0; j < kFragmentsN; j++) B::template fragment<false>(f.b[j], stage + A::kBytes, at.b, j, s, at.lane);
+    for (int j = 0; j < kFragmentsN; j++) B::template fragment<false>(f.b[j].bits, stage + A::kBytes, at.b, j, s, at.lane);
   }
 
   static __device__ __forceinline__ void multiply(float (&acc)[kFragmentsM][kWarpN / 2], const LoaderA& load_a,
@@ -92,10 +94,7 @@ struct Sm80Gemm {
           __syncthreads();
           read(f[0], shared + next * kStageBytes, at, 0);  // past the last block: stale, unused
         }
-#pragma unroll
-        for (int i = 0; i < kFragmentsM; i++)
-#pragma unroll
-          for (int j = 0; j < kFragmentsN; j++) Sm80Mma<Element>::mma(&acc[i][8 * j], f[s].a[i], f[s].b[j], single);
+        Mma::template product<kFragmentsM, kFragmentsN>(acc, f[s].a, f[s].b, single);
       }
       stage = next;
     }
@@ -127,12 +126,11 @@ struct Sm80Gemm {
         for (int i = 0; i < kWarpN / 2; i++) acc[f][i] = 0.f;
       multiply(acc, LoaderA(p.a, p.lda, m, rows, depth, threadIdx.x), LoaderB(p.b, p.ldb, n, p.n, depth, threadIdx.x), at, shared,
                depth, p.reserved & 1);
-#pragma unroll
-      for (int f = 0; f < kFragmentsM; f++) {
+      for_each_fragment<true>(acc, [&](float (&fragment)[kWarpN / 2], int f) {
         store.row = m + warp_m * kWarpM + 16 * f;
         const Band band{p, rows, store.row, n + warp_n * kWarpN, kWarpsN * tile.column_block + warp_n, lane};
-        if (band.column < p.n) Epilogue::template run<kWarpN>(acc[f], band, store);
-      }
+        if (band.column < p.n) Epilogue::template run<kWarpN>(fragment, band, store);
+      });
     }
   }
 };

@@ -25,6 +25,7 @@
 //             leaves while a peer may still arrive on its barriers.
 #pragma once
 #include "logitless/epilogue/band.cuh"
+#include "logitless/epilogue/fragments.cuh"
 #include "logitless/epilogue/panel.cuh"
 #include "logitless/mma/sm90.cuh"
 #include "logitless/ptx/barrier.cuh"
@@ -173,13 +174,12 @@ struct Sm90Gemm {
       if (kPingPong) ptx::barrier_sync(kTurn + w, 256);
       multiply(acc, at, shared, full, empty, offset, lane, k_blocks, kTurn + (w ^ 1));
       const Tile tile = tiles(t);
-#pragma unroll
-      for (int f = 0; f < kFragments; f++) {
-        const int fragment = (tile.row_block * kCluster + rank) * kTileM + (kPingPong ? f : w * kFragments + f) * 64;
-        store.row = fragment;
-        const Band band{p, rows, fragment + 16 * warp, tile.column_block * kTileN, tile.column_block, lane};
-        Epilogue::template run<kTileN>(acc[f], band, store);
-      }
+      const int first_row = (tile.row_block * kCluster + rank) * kTileM + (kPingPong ? 0 : w * kFragments * 64);
+      for_each_fragment<Epilogue::kRolled>(acc, [&](float (&fragment)[kTileN / 2], int f) {
+        store.row = first_row + 64 * f;
+        const Band band{p, rows, store.row + 16 * warp, tile.column_block * kTileN, tile.column_block, lane};
+        Epilogue::template run<kTileN>(fragment, band, store);
+      });
       if (kPingPong) at.skip(k_blocks);
     }
     store.drain();
