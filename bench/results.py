@@ -18,7 +18,7 @@ BASELINE = "eager"
 
 HEAD = """# Measured results
 
-Written by `python bench/results.py` from the runs in `bench/results/`; every section starts with the
+Written by `python bench/results.py` from the runs in `bench/results/`; each section begins with the
 command that makes it again. Ratios are times relative to torch eager on the same threads,
 `F.cross_entropy(F.linear(input, weight), target)`: below 1 is faster. Interleaved runs call every
 contender once a round in random order, and a ratio is the median over rounds of the ratio within a

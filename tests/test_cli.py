@@ -154,10 +154,10 @@ def test_computed_peak_is_the_measured_one(method: str, dtype: str) -> None:
         pytest.skip("no resettable high-water mark here")
     if method == "chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no chunked linear_cross_entropy")
-    computed = footprint.METHODS[method](Head(1024, 128, 16384, dtype)).peak
-    measured = clean_growth(Case(1024, 128, 16384, dtype), method, "forward+backward")
+    computed = footprint.METHODS[method](Head(1024, 128, 8192, dtype)).peak
+    measured = clean_growth(Case(1024, 128, 8192, dtype), method, "forward+backward")
     # Beside the tensors, a library may keep a few MiB of packed operands.
-    assert measured == pytest.approx(computed, rel=0.1, abs=8 * 2**20)
+    assert measured == pytest.approx(computed, rel=0.1, abs=6 * 2**20)
 
 
 # --- bench -----------------------------------------------------------------------------------

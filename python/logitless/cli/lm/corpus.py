@@ -121,7 +121,7 @@ def build_corpus(classes: int, say: Callable[[str], None] = lambda _: None) -> C
     streams: tuple[list[int], list[int]] = ([], [])
     stride = round(1 / HELD_OUT)
     for number, encoding in enumerate(tokenizer.encode_batch(texts)):
-        stream = streams[number % stride == stride - 1]
+        stream = streams[number % stride == 0]
         stream.extend(encoding.ids)
         stream.extend(end)
     training, held_out = (torch.tensor(stream) for stream in streams)
