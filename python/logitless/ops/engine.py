@@ -13,7 +13,7 @@ from itertools import product
 from math import prod
 
 from logitless import _core, stats
-from logitless._arrays import torch_code, torch_handle
+from logitless._arrays import Handle, torch_code, torch_handle
 from logitless._check import ArgumentError
 from logitless._extras import torch
 from logitless.ops import layout
@@ -25,6 +25,8 @@ __all__ = [
     "SCALE",
     "WEIGHT",
     "Call",
+    "Problem",
+    "Slots",
     "backward",
     "check_device",
     "forward",
@@ -117,7 +119,7 @@ def forward(
     ]
     store = None
     if rows:
-        problem = _Problem(call, input, weight, bias, scale, dense, ids, vectors)
+        problem = Problem(call, input, weight, bias, scale, dense, ids, vectors)
         if size := store_bytes(call, input, weight):
             store = torch.empty(size, dtype=torch.uint8, device=device)
         store_handle = None if store is None else torch_handle(store)
@@ -157,80 +159,117 @@ def backward(
     Returns those of (input, weight, bias, scale, dense), None where not `wanted`: in the dtype of
     their tensors, rounded once from the accumulation dtype.
     """
-    rows, device = call.rows, input.device
+    rows, accumulation = call.rows, call.accumulation
     positions = list(product(*map(range, call.positions)))
-    count, accumulation = len(positions), call.accumulation
+    count = len(positions)
+    slots = Slots(call, wanted, input, weight, bias, scale, dense)
+    if not rows:
+        return slots.zero().results()
+    problem = Problem(call, input, weight, bias, scale, dense, ids, vectors)
+    columns = [c for _, c, _ in call.fields]
+    saved = [
+        layout.to_positions(field, count, c, field.dtype)
+        for field, c in zip(fields, columns, strict=True)
+    ]
+    given = [
+        None if g is None else layout.to_positions(g, count, c, accumulation)
+        for g, c in zip(cotangents, columns, strict=True)
+    ]
+    for index, position in enumerate(positions):
+        _core.backward(
+            *problem.arguments(index, position),
+            tuple(
+                layout.field_handle(field, index, rows, c)
+                for field, c in zip(saved, columns, strict=True)
+            ),
+            tuple(
+                None if g is None else layout.field_handle(g, index, rows, c)
+                for g, c in zip(given, columns, strict=True)
+            ),
+            None if store is None else torch_handle(store),
+            *slots.handles(index, position),
+            index > 0,
+            problem.plan,
+            torch.get_num_threads(),
+        )
+    return slots.results()
 
-    def empty(like: Tensor) -> Tensor:
-        direct = like.dtype in (call.dtype, accumulation)
-        return torch.empty_like(like, dtype=like.dtype if direct else accumulation)
 
-    d_input = d_weight = d_bias = d_scale = d_dense = d_rows = None
-    if wanted & INPUT:
-        # The heads of several positions add up in it, so it then holds the accumulation dtype.
-        dtype = input.dtype if count == 1 and input.dtype is call.dtype else accumulation
-        d_input = torch.empty(input.shape, dtype=dtype, device=device)
-        if call.shift:
-            d_input.narrow(-2, input.shape[-2] - call.shift, call.shift).zero_()
-        d_rows = layout.rows_handle(d_input, call.shift)[1]
-    if wanted & WEIGHT:
-        d_weight = empty(weight)
-    if wanted & BIAS and bias is not None:
-        d_bias = empty(bias)
-    if wanted & SCALE:
-        d_scale = torch.empty((count, 1), dtype=accumulation, device=device)
-    if wanted & DENSE:
-        d_dense = torch.empty((rows, weight.shape[0], count), dtype=accumulation, device=device)
-    if rows:
-        problem = _Problem(call, input, weight, bias, scale, dense, ids, vectors)
-        columns = [c for _, c, _ in call.fields]
-        saved = [
-            layout.to_positions(field, count, c, field.dtype)
-            for field, c in zip(fields, columns, strict=True)
-        ]
-        given = [
-            None if g is None else layout.to_positions(g, count, c, accumulation)
-            for g, c in zip(cotangents, columns, strict=True)
-        ]
-        for index, position in enumerate(positions):
-            _core.backward(
-                *problem.arguments(index, position),
-                tuple(
-                    layout.field_handle(field, index, rows, c)
-                    for field, c in zip(saved, columns, strict=True)
-                ),
-                tuple(
-                    None if g is None else layout.field_handle(g, index, rows, c)
-                    for g, c in zip(given, columns, strict=True)
-                ),
-                None if store is None else torch_handle(store),
-                d_rows,
-                None if d_weight is None else layout.class_handle(d_weight, position),
-                None if d_bias is None else layout.class_handle(d_bias, position),
-                None if d_scale is None else torch_handle(d_scale[index]),
-                None if d_dense is None else torch_handle(d_dense[..., index]),
-                index > 0,
-                problem.plan,
-                torch.get_num_threads(),
-            )
-    else:
-        for gradient in (d_input, d_weight, d_bias, d_scale, d_dense):
+class Slots:
+    """The gradients that a backward fills: allocated, handed out as handles, finished."""
+
+    def __init__(
+        self,
+        call: Call,
+        wanted: int,
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional,
+        scale: Optional,
+        dense: Optional,
+    ) -> None:
+        self.call = call
+        self.likes = (input, weight, bias, scale, dense)
+        count, device = prod(call.positions), input.device
+        self.input = self.weight = self.bias = self.scale = self.dense = self.rows = None
+        if wanted & INPUT:
+            # The heads of several positions add up in it, in the accumulation dtype.
+            dtype = self._dtype(input) if count == 1 else call.accumulation
+            self.input = torch.empty(input.shape, dtype=dtype, device=device)
+            if call.shift:
+                self.input.narrow(-2, input.shape[-2] - call.shift, call.shift).zero_()
+            self.rows = layout.rows_handle(self.input, call.shift)[1]
+        if wanted & WEIGHT:
+            self.weight = torch.empty_like(weight, dtype=self._dtype(weight))
+        if wanted & BIAS and bias is not None:
+            self.bias = torch.empty_like(bias, dtype=self._dtype(bias))
+        if wanted & SCALE and scale is not None:
+            self.scale = torch.empty((count, 1), dtype=call.accumulation, device=device)
+        if wanted & DENSE and dense is not None:
+            shape = (call.rows, weight.shape[0], count)
+            self.dense = torch.empty(shape, dtype=call.accumulation, device=device)
+
+    def _dtype(self, like: Tensor) -> torch.dtype:
+        """Write `like`'s dtype directly where the engine can: its own, or that of its sums."""
+        accumulation = self.call.accumulation
+        return like.dtype if like.dtype in (self.call.dtype, accumulation) else accumulation
+
+    def handles(self, index: int, position: tuple[int, ...]) -> tuple[Handle | None, ...]:
+        """Return the handles of d_input, d_weight, d_bias, d_scale and d_dense of one head."""
+        return (
+            self.rows,
+            None if self.weight is None else layout.class_handle(self.weight, position),
+            None if self.bias is None else layout.class_handle(self.bias, position),
+            None if self.scale is None else torch_handle(self.scale[index]),
+            None if self.dense is None else torch_handle(self.dense[..., index]),
+        )
+
+    def zero(self) -> Slots:
+        """Fill with zeros: there are no rows."""
+        for gradient in (self.input, self.weight, self.bias, self.scale, self.dense):
             if gradient is not None:
                 gradient.zero_()
-    if d_scale is not None and scale is not None:
-        d_scale = d_scale.sum().to(dtype=scale.dtype, device=scale.device)
-    if d_dense is not None and dense is not None:
-        d_dense = layout.scatter_dense(d_dense, dense, call.positions, call.shift)
-    return (
-        None if d_input is None else d_input.to(input.dtype),
-        None if d_weight is None else d_weight.to(weight.dtype),
-        None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-        d_scale,
-        d_dense,
-    )
+        return self
+
+    def results(self) -> tuple[Optional, Optional, Optional, Optional, Optional]:
+        """Return the gradients in the dtype of their tensors."""
+        input, weight, bias, scale, dense = self.likes
+        d_scale, d_dense = self.scale, self.dense
+        if d_scale is not None and scale is not None:
+            d_scale = d_scale.sum().to(dtype=scale.dtype, device=scale.device)
+        if d_dense is not None and dense is not None:
+            call = self.call
+            d_dense = layout.scatter_dense(d_dense, dense, call.positions, call.shift)
+        return (
+            None if self.input is None else self.input.to(input.dtype),
+            None if self.weight is None else self.weight.to(weight.dtype),
+            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+            d_scale,
+            d_dense,
+        )
 
 
-class _Problem:
+class Problem:
     """The inputs of a call as the engine takes them; keeps alive what its handles point into."""
 
     def __init__(

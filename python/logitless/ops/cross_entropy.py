@@ -1,0 +1,196 @@
+"""Plain cross entropy in one engine call each way: the fast path of class ids on the CPU.
+
+What `row_statistics` and a few operations on vectors say, fused: the row losses and their reduction
+run beside the statistics, and a call costs one autograd node. Second derivatives go back to the
+unfused form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from logitless import _core
+from logitless._arrays import torch_handle
+from logitless._check import Geometry
+from logitless._extras import torch
+from logitless.ops import autograd, custom_ops, engine, inputs, layout
+from logitless.ops.engine import BIAS, INPUT, SCALE, WEIGHT, Call
+
+__all__ = ["applies", "cross_entropy", "row_losses"]
+
+Tensor = torch.Tensor
+Optional = torch.Tensor | None
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_CORE = ("rest", "target")
+_FIELDS = (("rest", 0, False), ("target", 1, False))
+
+
+def applies(geometry: Geometry, *tensors: Optional) -> bool:
+    """Tell whether a call with class ids can take this path."""
+    return (
+        geometry.kind == "index"
+        and not geometry.positions
+        and tensors[0] is not None
+        and tensors[0].device.type == "cpu"
+        and geometry.rows > 0
+        and not custom_ops.needed(*tensors)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def cross_entropy(
+    geometry: Geometry,
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Optional,
+    *,
+    reduction: str,
+    ignore_index: int,
+    logit_scale: float | Tensor,
+    softcap: float,
+    shift: int,
+    z_loss_weight: float,
+    memory: int,
+) -> Tensor:
+    """Cross entropy of class ids: `applies` holds and every argument is checked."""
+    number, scale = inputs.logit_scale(logit_scale)
+    gradients = 0
+    if torch.is_grad_enabled():
+        gradients = autograd.gradient_mask(input, weight, bias, scale, None)
+    call = Call(
+        core=_CORE,
+        powers=(),
+        vectors=0,
+        topk=0,
+        targets=1,
+        fields=_FIELDS,
+        rows_shape=geometry.rows_shape,
+        positions=(),
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=number,
+        softcap=softcap,
+        memory=memory,
+        gradients=gradients,
+        dtype=inputs.compute_dtype(input),
+    )
+    ids = inputs.class_ids(target, geometry, shift).contiguous()
+    arguments = (input, weight, bias, scale, ids, call, _REDUCTIONS[reduction], z_loss_weight)
+    if gradients:
+        return _CrossEntropy.apply(*arguments)  # type: ignore[no-any-return]
+    return _forward(*arguments)[0]
+
+
+def row_losses(rest: Tensor, target: Tensor, z_loss_weight: float) -> Tensor:
+    """Loss of each row in torch: log(1 + e^(rest - target)), and the squared log-sum-exp."""
+    losses = -torch.nn.functional.logsigmoid(target - rest)
+    if z_loss_weight:
+        losses = losses + z_loss_weight * (losses + target).square()  # lse = loss + target
+    return losses
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    scale: Optional,
+    ids: Tensor,
+    call: Call,
+    reduction: int,
+    z_loss_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Optional]:
+    """Return loss, rest, target and the store."""
+    rows, dtype = call.rows, call.accumulation
+    loss = torch.empty(() if reduction else call.rows_shape, dtype=dtype)
+    rest = torch.empty((rows,), dtype=dtype)
+    target = torch.empty((rows, 1), dtype=dtype)
+    problem = engine.Problem(call, input, weight, bias, scale, None, ids, None)
+    store = None
+    if size := engine.store_bytes(call, input, weight):
+        store = torch.empty(size, dtype=torch.uint8)
+    _core.cross_entropy_forward(
+        *problem.arguments(0, ())[1:8],
+        reduction,
+        z_loss_weight,
+        layout.field_handle(loss, 0, 1 if reduction else rows, 0),
+        torch_handle(rest),
+        torch_handle(target),
+        None if store is None else torch_handle(store),
+        problem.plan,
+        torch.get_num_threads(),
+    )
+    return loss, rest, target, store
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss with gradients for input, weight, bias and scale."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional,
+        scale: Optional,
+        ids: Tensor,
+        call: Call,
+        reduction: int,
+        z_loss_weight: float,
+    ) -> Tensor:
+        """Keep two values a row."""
+        loss, rest, target, store = _forward(
+            input, weight, bias, scale, ids, call, reduction, z_loss_weight
+        )
+        ctx.save_for_backward(input, weight, bias, scale, ids, rest, target, store)
+        ctx.options = (call, reduction, z_loss_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
+        """Recompute tiles; differentiate the unfused form if a graph is wanted."""
+        input, weight, bias, scale, ids, rest, target, store = ctx.saved_tensors
+        call, reduction, z_loss_weight = ctx.options
+        needs = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            leaves = [t for t, n in zip((input, weight, bias, scale), needs, strict=True) if n]
+            loss = _unfused(call, reduction, z_loss_weight, input, weight, bias, scale, ids)
+            slopes = iter(torch.autograd.grad(loss, leaves, gradient, create_graph=True))
+            results = [next(slopes) if need else None for need in needs]
+            return (*results, None, None, None, None)
+        wanted = sum(b for b, need in zip((INPUT, WEIGHT, BIAS, SCALE), needs, strict=True) if need)
+        problem = engine.Problem(call, input, weight, bias, scale, None, ids, None)
+        slots = engine.Slots(call, wanted, input, weight, bias, scale, None)
+        gradient = gradient.to(call.accumulation)
+        _core.cross_entropy_backward(
+            *problem.arguments(0, ())[1:8],
+            reduction,
+            z_loss_weight,
+            torch_handle(rest),
+            torch_handle(target),
+            torch_handle(gradient if reduction else gradient.reshape(-1)),
+            None if store is None else torch_handle(store),
+            *slots.handles(0, ())[:4],
+            problem.plan,
+            torch.get_num_threads(),
+        )
+        return (*slots.results()[:4], None, None, None, None)
+
+
+def _unfused(
+    call: Call,
+    reduction: int,
+    z_loss_weight: float,
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    scale: Optional,
+    ids: Tensor,
+) -> Tensor:
+    rest, target = autograd.statistics(call, input, weight, bias, scale, None, ids, None)
+    kept = ids != call.ignore_index
+    losses = torch.where(kept, row_losses(rest, target.squeeze(-1), z_loss_weight), 0.0)
+    if not reduction:
+        return losses
+    return losses.sum() if reduction == 2 else losses.sum() / kept.sum()
