@@ -6,6 +6,10 @@ import os
 import sys
 from importlib.util import find_spec
 
+# The references multiply many small matrices, for which the threads of NumPy's BLAS cost more than
+# they bring; and they would spin against the engine's own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings

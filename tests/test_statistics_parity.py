@@ -243,7 +243,9 @@ def check(call: Call) -> None:
             if argument == "dense" and "dot" not in names:
                 continue
             want = expected_gradients[argument].reshape(np.shape(gradient))
-            quantity, scale = "gradient", max(float(np.abs(want).max()), 1e-2)
+            # Terms of the size of g/V times an operand may cancel to nothing.
+            largest = max(float(np.abs(g).max(initial=0.0)) for g in cotangents.values())
+            quantity, scale = "gradient", max(float(np.abs(want).max()), largest / classes)
             if argument == "logit_scale":
                 # One number, the sum of N·V terms in the accumulation dtype.
                 quantity = "sum"
@@ -284,7 +286,7 @@ def test_statistic(name: str, dtype: str, maps: str) -> None:
             check(Call(names, dtype, size, targets, seed=seed, **MAPS[maps]))
 
 
-@pytest.mark.parametrize("memory", [-1, -2, 100_000])
+@pytest.mark.parametrize("memory", [-1, -2, 100_000], ids=["lean", "fast", "bytes"])
 @pytest.mark.parametrize("maps", MAPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_statistics_together(dtype: str, maps: str, memory: int) -> None:
@@ -309,6 +311,7 @@ def test_every_level(level: str) -> None:
         pytest.skip("a level does not start others")
     environment = {**os.environ, "LOGITLESS_CPU": level, "LOGITLESS_PARITY_CHILD": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "(statistic and plain) or lean or larger"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
 

@@ -308,11 +308,15 @@ class Head:
         d_scale = np.zeros((len(self.positions), 1), self.acc)
         d_dense = None
         if "dot" in wanted:
-            d_dense = np.zeros(request.dense.shape, self.acc)
+            d_dense = np.zeros(request.dense.shape, request.dense.dtype.newbyteorder("="))
         for p, position in enumerate(self.positions):
             at: Index = (slice(None), *position)
             part_bias = empty("linear_bias", (self.geometry.classes,), self.dtype)
-            part_dense = empty("dot", (self.rows, self.geometry.classes), self.acc)
+            view = part_dense = None
+            if d_dense is not None:
+                across: Index = (..., *position)
+                view = self.cut(d_dense)[across]
+                part_dense = view.reshape(self.rows, self.geometry.classes)  # a view if it folds
             _core.backward(
                 spec,
                 handle(rows),
@@ -333,9 +337,11 @@ class Head:
             )
             if d_bias is not None:
                 d_bias[at] = part_bias
-            if d_dense is not None and part_dense is not None:
-                across: Index = (..., *position)
-                view = self.cut(d_dense)[across]
+            if (
+                view is not None
+                and part_dense is not None
+                and not np.may_share_memory(view, part_dense)
+            ):
                 view[...] = part_dense.reshape(view.shape)
         found: dict[str, Any] = {
             "input": None if d_input is None else d_input.astype(self.dtype, copy=False),

@@ -92,8 +92,8 @@ class RowStatistics:
 class Gradients(NamedTuple):
     """Gradients of one scalar; None where it was not wanted or there is no such argument.
 
-    `logit_scale` is 0-d in the dtype of the statistics; `dot` is the gradient for the dense
-    weights of ``stats.dot(q)`` in that dtype; the others have their argument's shape and dtype.
+    Each has the shape and dtype of its argument (`dot` of the q of ``stats.dot(q)``), but
+    `logit_scale`, which is 0-d in the dtype of the statistics.
     """
 
     input: Array | None = None
