@@ -14,7 +14,7 @@
 use crate::call::{Gradients, Problem};
 use crate::element::{DType, Element, Real};
 use crate::error::Result;
-use crate::forward::{Guard, Left, Operands, in_place, left, products};
+use crate::forward::{Guard, Left, Operands, in_place, left, product_depth, products};
 use crate::gradient::{self, Coefficients, GradientTile, Point, Terms};
 use crate::kernel::{Isa, Kernel, LANES, Product, Vectorize};
 use crate::operands::{ClassVector, DensePanel, Input, Matrix};
@@ -37,9 +37,6 @@ pub(crate) struct Arguments<'a> {
     pub plan: &'a Plan,
     pub threads: usize,
 }
-
-/// Panels whose rows one product of dW goes through.
-const PIECES: usize = 8;
 
 /// Runs a backward.
 pub(crate) fn run<K: Kernel>(kernel: K, arguments: &Arguments<'_>) -> Result<()> {
@@ -583,10 +580,11 @@ impl<K: Kernel> Pass<'_, K> {
         } else {
             (space.strip, false)
         };
-        for panel in panels.clone().step_by(PIECES) {
+        let most = product_depth::<K::Operand>() / LANES;
+        for panel in panels.clone().step_by(most) {
             let product = Product {
                 m: classes,
-                pieces: PIECES.min(panels.end - panel),
+                pieces: most.min(panels.end - panel),
                 k: LANES,
                 a: self.dz[cell.index % 2].at(self.tile_offset(cell, block, panel)).cast_const(),
                 a_row: LANES,
@@ -634,29 +632,36 @@ impl<K: Kernel> Pass<'_, K> {
         let features = layout.features.min(self.features() - first_feature);
         let first_panel = group.start + task % spans * layout.span;
         let panels = first_panel..(first_panel + layout.span).min(group.end);
-        for (place, block) in self.blocks(cell.super_block).enumerate() {
+        let side = cell.super_block % 2;
+        let dz = if K::GROUP > 1 { self.dz_pairs[buffer] } else { self.dz[buffer] };
+        let blocks = self.blocks(cell.super_block);
+        let mut block = blocks.start;
+        while block < blocks.end {
             let (first, classes) = self.classes(block);
-            let side = cell.super_block % 2;
-            let (a, a_row, a_k) = if K::COLUMN_A {
+            // Whole blocks adjoin in dz, so that one product may run through several of them.
+            let whole = (blocks.end - block).min((self.operands.classes - first) / tiling.padded_block);
+            let most = product_depth::<K::Operand>() / tiling.padded_block;
+            let pieces = whole.min(most).max(1);
+            let place = block - blocks.start;
+            let (a, a_row, a_k, a_piece) = if K::COLUMN_A {
                 let packed = self.weight[side].at(place * tiling.block * tiling.weight_row);
                 let left = in_place::<K>(&self.operands, first, classes)
                     .unwrap_or(Left { start: packed, row: tiling.weight_row });
-                (left.start.wrapping_add(first_feature), 1, left.row)
+                (left.start.wrapping_add(first_feature), 1, left.row, tiling.block * left.row)
             } else {
-                let columns = self.columns[side].at(place * self.features() * tiling.padded_block);
-                let start = columns.wrapping_add(first_feature * tiling.padded_block);
-                (start.cast_const(), tiling.padded_block, 1)
+                let step = self.features() * tiling.padded_block;
+                let start = self.columns[side].at(place * step + first_feature * tiling.padded_block);
+                (start.cast_const(), tiling.padded_block, 1, step)
             };
-            let dz = if K::GROUP > 1 { self.dz_pairs[buffer] } else { self.dz[buffer] };
             for panel in panels.clone() {
                 let product = Product {
                     m: features,
-                    pieces: 1,
+                    pieces,
                     k: classes.next_multiple_of(K::K_STEP),
                     a,
                     a_row,
                     a_k,
-                    a_piece: 0,
+                    a_piece,
                     b: dz.at(self.tile_offset(cell, block, panel)).cast_const(),
                     c: self.d_input.at((panel * self.features() + first_feature) * LANES),
                     c_row: LANES,
@@ -665,6 +670,7 @@ impl<K: Kernel> Pass<'_, K> {
                 // SAFETY: the tiles and the packed weight are complete; dEᵀ here is this task's.
                 unsafe { self.kernel.product(&product) }
             }
+            block += pieces;
         }
     }
 

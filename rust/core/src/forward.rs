@@ -101,8 +101,10 @@ pub(crate) struct Left<T> {
     pub row: usize,
 }
 
-/// Features that one product goes through: its right operand stays in the first-level cache.
-const DEPTH: usize = 256;
+/// K that one product goes through: its right operand, 32 KiB, stays in the first-level cache.
+pub(crate) const fn product_depth<T>() -> usize {
+    (32 << 10) / (LANES * size_of::<T>())
+}
 
 /// `z[class][32] = W Eᵀ` for some classes and one panel.
 ///
@@ -116,11 +118,12 @@ pub(crate) unsafe fn products<K: Kernel>(
     panel: *const K::Operand,
     z: *mut K::Acc,
 ) {
-    for first in (0..depth).step_by(DEPTH) {
+    let most = product_depth::<K::Operand>();
+    for first in (0..depth).step_by(most) {
         let product = Product {
             m: classes,
             pieces: 1,
-            k: DEPTH.min(depth - first),
+            k: most.min(depth - first),
             a: weight.start.wrapping_add(first),
             a_row: weight.row,
             a_k: 1,

@@ -82,6 +82,14 @@ pub(crate) unsafe fn tile<S: Simd, const M: usize, const COLS: usize, const UNIT
     unsafe {
         let mut sum = [[S::zero(); COLS]; M];
         let mut b = p.b.add(column * S::GROUP);
+        if p.accumulate {
+            // Sums of dE come from far; they are wanted only after all of K.
+            for i in 0..M {
+                for j in 0..COLS {
+                    S::prefetch(p.c.add((row + i) * p.c_row + column + j * S::WIDTH).cast());
+                }
+            }
+        }
         for piece in 0..p.pieces {
             let mut a = p.a.add(row * p.a_row + piece * p.a_piece);
             if piece + 1 < p.pieces {
