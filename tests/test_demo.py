@@ -56,11 +56,11 @@ def demo(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.usefixtures("_few_files")
 def test_it_trains_both_and_reports(tmp_path: Path) -> None:
-    text, found = demo(tmp_path, "--steps", "6")
+    text, found = demo(tmp_path, "--steps", "15")
     assert found["complete"]
     assert found["model"]["vocabulary"] == 512
     runs = found["runs"]
-    assert len(runs["ordinary"]["losses"]) == len(runs["logitless"]["losses"]) == 6
+    assert len(runs["ordinary"]["losses"]) == len(runs["logitless"]["losses"]) == 15
     assert found["largest loss difference"] < 1e-4
     assert runs["logitless"]["losses"][-1] < runs["logitless"]["losses"][0]
     for run in runs.values():

@@ -11,7 +11,9 @@ moment. The tests compare the peaks with measured ones.
   gradients of the inputs are made after two of the three are gone.
 * ``chunked``: ``torch.nn.functional.linear_cross_entropy`` with ``LinearCrossEntropyOptions()``.
   Gradients are made in the forward, chunk by chunk of B rows, B the next power of two of N D / V.
-  With 16-bit inputs on a CPU it also holds the weight and its gradient in fp32.
+  With 16-bit inputs on a CPU it also holds the weight and its gradient in fp32. This is a lower
+  bound: the tensors its source names. Measured on a CPU at N=1024, D=512, V=8192 it holds 1.5 times
+  as much in fp32 and 3.8 times as much in bf16.
 """
 
 from __future__ import annotations

@@ -156,9 +156,10 @@ def _log_prob(memory: str) -> Loss:
     from logitless import functional
 
     def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        found = functional.linear_log_prob(input, weight, target, memory=memory)
+        log_prob, entropy = functional.linear_log_prob(input, weight, target, memory=memory)
+        assert entropy is not None
         # The shape of a policy gradient with an entropy bonus.
-        return -(found.log_prob + 0.01 * found.entropy).mean()
+        return -(log_prob + 0.01 * entropy).mean()
 
     return loss
 
