@@ -55,9 +55,9 @@ def linear_cross_entropy(
 ) -> Any:
     """Compute the cross entropy of a linear head without its logits.
 
-    Agrees with `torch.nn.functional.linear_cross_entropy` (2.15) on everything that documents. The target is left out of the
-    streamed sum and put back by ``log1p``: in float32 the loss is right to a margin of 87, where
-    ``lse - target`` is 0 from a margin of 18.
+    Agrees with `torch.nn.functional.linear_cross_entropy` (2.15) on everything that documents. The
+    target is left out of the streamed sum and put back by ``log1p``: in float32 the loss is right
+    to a margin of 87, where ``lse - target`` is 0 from a margin of 18.
 
     Parameters
     ----------

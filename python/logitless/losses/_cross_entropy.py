@@ -8,12 +8,12 @@ from logitless import stats
 from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.losses._reduce import masked
+from logitless.ops.elementwise import softplus
 from logitless.ops.row_statistics import RowStatistics, compute
 
 __all__ = ["cross_entropy_rows"]
 
 Tensor = torch.Tensor
-logsigmoid = torch.nn.functional.logsigmoid
 
 
 def cross_entropy_rows(
@@ -54,7 +54,7 @@ def cross_entropy_rows(
     elif s.several:
         losses = _sparse_rows(s, weight)
     else:
-        losses = -logsigmoid(s.target - s.rest)
+        losses = softplus(s.rest - s.target)
         if weight is not None:
             class_weight = weight[torch.where(s.kept, s.target_ids, 0)]
             divisor = masked(class_weight, s.kept).sum()
@@ -87,7 +87,7 @@ def _probability_rows(s: RowStatistics, mass: Tensor) -> Tensor:
     """
     finite = s.target.isfinite()
     target = torch.where(finite, s.target, 0.0)
-    gap = torch.where(finite, -logsigmoid(target - s.rest), s.lse)
+    gap = torch.where(finite, softplus(s.rest - target), s.lse)
     return mass * gap + (mass * target - s.dot)
 
 
@@ -100,4 +100,4 @@ def _sparse_rows(s: RowStatistics, weight: Tensor | None) -> Tensor:
     # An id of weight 0 may sit on a class of logit -inf; one of several may be all there is.
     counts = (q != 0) & (s.target != s.target_lse.unsqueeze(-1))
     within = (q * torch.where(counts, inside, 0.0)).sum(dim=-1)
-    return q.sum(dim=-1) * -logsigmoid(s.target_lse - s.rest) + within
+    return q.sum(dim=-1) * softplus(s.rest - s.target_lse) + within

@@ -14,6 +14,7 @@ from logitless._arrays import torch_handle
 from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.ops import autograd, custom_ops, engine, inputs, layout
+from logitless.ops.elementwise import softplus
 from logitless.ops.engine import BIAS, INPUT, SCALE, WEIGHT, Call
 
 __all__ = ["applies", "cross_entropy", "row_losses"]
@@ -85,7 +86,7 @@ def cross_entropy(
 
 def row_losses(rest: Tensor, target: Tensor, z_loss_weight: float) -> Tensor:
     """Loss of each row in torch: log(1 + e^(rest - target)), and the squared log-sum-exp."""
-    losses = -torch.nn.functional.logsigmoid(target - rest)
+    losses = softplus(rest - target)
     if z_loss_weight:
         losses = losses + z_loss_weight * (losses + target).square()  # lse = loss + target
     return losses

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from logitless._extras import torch
+from logitless.ops.elementwise import logaddexp, logsigmoid, logsumexp, plogp
 from logitless.stats import Reading
 
 __all__ = ["RowStatistics"]
 
 Tensor = torch.Tensor
-logsigmoid = torch.nn.functional.logsigmoid
 
 # Core fields with a last axis of their own.
 _COLUMNED = ("target", "rest_power", "weighted_sum", "weighted_rest", "topk_values", "topk_ids")
@@ -143,7 +143,7 @@ class RowStatistics:
         """Log Σ e^z over the row's distinct target ids: ``target`` itself for one id a row."""
         if not self._several:
             return self.target
-        return self._once("target_lse", lambda: _logsumexp(self._masked_target()))
+        return self._once("target_lse", lambda: logsumexp(self._masked_target()))
 
     @property
     def lse(self) -> Tensor:
@@ -320,7 +320,7 @@ class RowStatistics:
         z, distinct = self._masked_target(), self._distinct()
         winner = z.argmax(dim=-1, keepdim=True)
         is_winner = torch.zeros_like(distinct).scatter(-1, winner, True)
-        others = logaddexp(self.rest, _logsumexp(torch.where(is_winner, -torch.inf, z)))
+        others = logaddexp(self.rest, logsumexp(torch.where(is_winner, -torch.inf, z)))
         best = logsigmoid(z.gather(-1, winner).squeeze(-1) - others).unsqueeze(-1)
         same = self.target_ids == self.target_ids.gather(-1, winner)
         return torch.where(same & self._real(), best, self.target - self.lse.unsqueeze(-1))
@@ -329,18 +329,18 @@ class RowStatistics:
         # H = h(p_R) + p_R H_R + p_Y H_Y, grouped so that every term is positive.
         margin = self._core("rest", "entropy") - self.target_lse
         p_rest, p_target = torch.sigmoid(margin), torch.sigmoid(-margin)
-        value = _plogp(p_rest, logsigmoid(margin)) + _plogp(p_target, logsigmoid(-margin))
+        value = plogp(p_rest, logsigmoid(margin)) + plogp(p_target, logsigmoid(-margin))
         value = value + p_rest * rest_entropy
         if self._several:
             log_q = self._masked_target() - self.target_lse.unsqueeze(-1)
-            value = value + p_target * _plogp(torch.exp(log_q), log_q).sum(dim=-1)
+            value = value + p_target * plogp(torch.exp(log_q), log_q).sum(dim=-1)
         return value
 
     def _power_lse(self, rest_power: Tensor) -> Tensor:
         columns = []
         for column, power in enumerate(self._reading.powers):
             if self._several:
-                at_target = _logsumexp(power * self._masked_target())
+                at_target = logsumexp(power * self._masked_target())
             else:
                 at_target = power * self.target
             columns.append(logaddexp(rest_power[..., column], at_target))
@@ -358,29 +358,11 @@ class RowStatistics:
         return p_rest * weighted_rest + p_target * at_target
 
 
-def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """Return log(e^a + e^b); its second derivative at -inf is finite, unlike torch.logaddexp's."""
-    high, low = torch.maximum(a, b), torch.minimum(a, b)
-    return high - logsigmoid(torch.where(low == -torch.inf, torch.inf, high - low))
-
-
 def _first_occurrence(ids: Tensor) -> Tensor:
     """Mark the first of equal ids along the last axis."""
     ordered, order = ids.sort(dim=-1, stable=True)
     fresh = ordered[..., 1:] != ordered[..., :-1]
     return torch.ones_like(ids, dtype=torch.bool).scatter(-1, order[..., 1:], fresh)
-
-
-def _plogp(p: Tensor, log_p: Tensor) -> Tensor:
-    """-p log p, 0 with zero slope where p is 0."""
-    return -p * torch.where(p > 0, log_p, 0.0)
-
-
-def _logsumexp(z: Tensor) -> Tensor:
-    """Log-sum-exp over the last axis; -inf with zero gradient where every entry is -inf."""
-    empty = (z == -torch.inf).all(dim=-1)
-    value = torch.logsumexp(torch.where(empty.unsqueeze(-1), 0.0, z), dim=-1)
-    return torch.where(empty, -torch.inf, value)
 
 
 def _flatten(s: RowStatistics) -> tuple[list[Any], Any]:
