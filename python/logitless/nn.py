@@ -9,8 +9,10 @@ from logitless import _check
 from logitless._check import argument_error
 from logitless._extras import torch
 from logitless.functional import linear_cross_entropy
+from logitless.spherical.adapter import SphericalOptimizer
+from logitless.spherical.head import SphericalHead
 
-__all__ = ["LinearCrossEntropyLoss"]
+__all__ = ["LinearCrossEntropyLoss", "SphericalHead", "SphericalOptimizer"]
 
 Tensor = torch.Tensor
 

@@ -14,6 +14,7 @@ alive, when one product re-bases all rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from logitless._extras import torch
@@ -23,6 +24,9 @@ from logitless._extras import torch
 CONDITION_LIMIT = 128.0
 # A step with cond₁(U K) past this, relative to the state's precision, is singular for our purpose.
 SINGULAR_CONDITION = 1e12
+
+
+_STATE = ("factor", "mix", "shift", "gram", "column_sum", "stamp", "maps", "offsets")
 
 
 class SingularStepError(RuntimeError):
@@ -107,14 +111,13 @@ class FactoredMatrix:
     """
 
     def __init__(self, weight: torch.Tensor, *, max_epochs: int = 32) -> None:
-        self.max_epochs = max_epochs
-        self.rebases = 0
+        self.max_epochs, self.rebases = max_epochs, 0
         self.load(weight)
 
     def load(self, weight: torch.Tensor) -> None:
-        """Start over from a dense (V, P) matrix: A = W, U = I, one epoch."""
+        """Start over from a dense (V, P) matrix, which is kept: A = W, U = I, one epoch."""
         size, wide = weight.shape[1], {"dtype": torch.float64, "device": weight.device}
-        self.factor = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.factor = weight.detach().contiguous()
         self.mix, self.shift = torch.eye(size, **wide), torch.zeros(size, **wide)
         self.stamp = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
         self.maps, self.offsets = torch.eye(size, **wide)[None], torch.zeros(1, size, **wide)
@@ -195,15 +198,34 @@ class FactoredMatrix:
         if float(estimate) > CONDITION_LIMIT:
             self._close_epoch()
 
-    def rescale(self, factor: float) -> None:
-        """W ← factor · W, in O(P²)."""
-        self.mix, self.shift = self.mix * factor, self.shift * factor
-        self.gram, self.column_sum = self.gram * factor**2, self.column_sum * factor
-
     def condition(self) -> float:
         """Estimate of cond₁(U): bounded by the limit at which an epoch is closed."""
         lu, pivots, _ = torch.linalg.lu_factor_ex(self.mix)
         return float(condition(lu, pivots, self.mix))
+
+    def consolidate(self) -> None:
+        """Fold the live epochs into the factor, so that one map serves all rows: a sweep of 2VP² flops."""
+        if self.epochs > 1:
+            self._rebase()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Copies of everything, by name."""
+        return {name: getattr(self, name).clone() for name in _STATE}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over what :meth:`state` gave."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Move and cast as a module is moved; the D-sized state stays float64."""
+        factor = fn(self.factor)
+        if factor.dtype in (torch.float32, torch.float64):
+            self.factor = factor
+        else:  # half types would lose the sparse updates
+            self.factor = self.factor.to(factor.device)
+        for name in _STATE[1:]:
+            setattr(self, name, getattr(self, name).to(factor.device))
 
     def _current(self, ids: torch.Tensor) -> torch.Tensor:
         """The factor's rows as if they had been written in the current epoch, float64."""
@@ -221,19 +243,18 @@ class FactoredMatrix:
     def _close_epoch(self) -> None:
         """Let every live map absorb U and ω, and open a new epoch; re-base when too many live."""
         if self.epochs >= self.max_epochs:
-            self.factor = self.dense()
-            self.stamp.zero_()
-            self.maps, self.offsets = self.maps[-1:], self.offsets[-1:]
-            self.gram, self.column_sum = gram_and_sum(self.factor)
-            self.rebases += 1
-        else:
-            identity = torch.eye(self.mix.shape[0], dtype=self.mix.dtype, device=self.mix.device)
-            self.offsets = torch.cat(
-                [self.offsets @ self.mix + self.shift, torch.zeros_like(self.shift)[None]]
-            )
-            self.maps = torch.cat([self.maps @ self.mix, identity[None]])
-        self.mix = torch.eye(self.mix.shape[0], dtype=self.mix.dtype, device=self.mix.device)
-        self.shift = torch.zeros_like(self.shift)
+            self._rebase()
+            return
+        identity = torch.eye(self.mix.shape[0], dtype=self.mix.dtype, device=self.mix.device)
+        nothing = torch.zeros_like(self.shift)
+        self.offsets = torch.cat([self.offsets @ self.mix + self.shift, nothing[None]])
+        self.maps = torch.cat([self.maps @ self.mix, identity[None]])
+        self.mix, self.shift = identity.clone(), nothing.clone()
+
+    def _rebase(self) -> None:
+        """A ← W, U ← I, ω ← 0, one epoch: the only sweep over all classes."""
+        self.load(self.dense())
+        self.rebases += 1
 
 
 def gram_and_sum(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

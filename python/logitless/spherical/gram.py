@@ -97,3 +97,7 @@ def _compute(weight: torch.Tensor, bias: torch.Tensor | None, key: tuple[Any, ..
     return Gram(mean, centred, key)
 
 
+def is_fresh(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether the Gram matrix of this version of the weight is cached."""
+    found: Gram | None = _cache.get(weight)
+    return found is not None and found.key == _key(weight, bias)

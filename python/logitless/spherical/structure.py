@@ -43,6 +43,7 @@ class Structure:
             torch.cat([self.rows, other.rows]),
         )
 
+    @torch.no_grad()
     def write(
         self,
         weight: torch.Tensor,
@@ -57,7 +58,9 @@ class Structure:
         Every element is summed in fp32 or better and rounded once to the output's dtype; scratch is
         one block of rows and the distinct target rows.
         """
-        outputs = [(out, part) for out, part in _columns(weight, d_weight, d_bias) if out is not None]
+        outputs = [
+            (out, part) for out, part in _columns(weight, d_weight, d_bias) if out is not None
+        ]
         distinct, place = self.ids.unique(return_inverse=True)
         touched = self._dense_rows(weight, bias, distinct)
         add_rows(touched, place, self.rows)

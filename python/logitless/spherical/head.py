@@ -1,0 +1,489 @@
+"""`SphericalHead`: a classifier that is trained without ever visiting its classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from logitless._check import argument_error, check_reduction
+from logitless._extras import torch
+from logitless.losses._reduce import reduce
+from logitless.ops.row_statistics import RowStatistics
+from logitless.spherical import records, scores
+from logitless.spherical.factored import FactoredMatrix
+from logitless.spherical.losses import SphericalLoss, spherical_loss
+from logitless.spherical.route import check_ids
+from logitless.spherical.updates import Settings, apply_step
+
+__all__ = ["SphericalHead"]
+
+OPTIMIZERS = ("sgd", "momentum", "muon")
+
+
+class SphericalHead(torch.nn.Module):
+    """A linear head with a spherical loss, kept in two factors and updated exactly in O(D²) a row.
+
+    W = A·U + 1·ωᵀ, with A (V, D) and D-sized state. The forward costs 2ND² + 2ND flops and the step
+    about 10ND² + (2/3)D³ whatever V is; only rows of A that are somebody's target are touched. The
+    updates are those of the dense optimiser, to rounding (Vincent, de Brébisson, Bouthillier 2015;
+    momentum, clipping and Muon in the same form are this library's).
+
+    Parameters
+    ----------
+    num_classes, features
+        V and D.
+    loss
+        "zloss", "spherical_softmax", "taylor_softmax", "squared_error"; or a module of one with its
+        hyper-parameters, e.g. ``losses.zloss.module(a=0.1, b=28.0)``.
+    bias
+        Whether logits have a bias: one more feature that is always 1, trained like the others.
+    optimizer
+        "sgd", "momentum" (heavy ball: B ← μB + ∇W, W ← (1 − lr·λ)W − lr·B) or "muon" (the same with
+        B replaced by its exact polar factor; no momentum if ``momentum`` is 0).
+    lr, momentum, weight_decay, clip_norm, trust_ratio
+        Step size (mutable: ``head.lr``), μ, decoupled λ, limit of ‖∇W‖ as in
+        torch.nn.utils.clip_grad_norm_, and the LARS ratio lr·ratio·‖W‖/(‖∇W‖ + λ‖W‖).
+    reduction
+        "mean" over kept rows, "sum" or "none".
+    fused
+        Whether backward itself takes the step; otherwise call :meth:`step` after backward.
+    process_group
+        Ranks over which a step averages the gradients, as DistributedDataParallel would: each rank
+        sends its rows, N·(D + 4) numbers. Without one, a step in a multi-rank job is refused.
+    device, dtype
+        Of A: float32 or float64. The D×D state is float64.
+
+    Notes
+    -----
+    Memory: V·D numbers for A (twice that with momentum), 4V bytes of stamps and a few D×D matrices.
+    The weight is no ``nn.Parameter``: other optimisers must not touch it. Adam and its kin square
+    single elements of the gradient, which no O(D²) form can follow.
+
+    Examples
+    --------
+    >>> head = SphericalHead(793471, 512, loss="zloss", lr=0.1)      # doctest: +SKIP
+    >>> loss = head(body(x), y); loss.backward(); head.step()        # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        features: int,
+        *,
+        loss: str | torch.nn.Module = "zloss",
+        bias: bool = False,
+        optimizer: str = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        clip_norm: float | None = None,
+        trust_ratio: float | None = None,
+        reduction: str = "mean",
+        fused: bool = False,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        _check_positive("num_classes", num_classes)
+        _check_positive("features", features)
+        self.num_classes, self.features, self.has_bias = num_classes, features, bias
+        self.loss: SphericalLoss = spherical_loss(loss)
+        self.optimizer = _check_optimizer(optimizer)
+        self.momentum = _check_number("momentum", momentum, maximum=1.0)
+        if optimizer == "momentum" and momentum == 0.0:
+            raise argument_error("momentum", 0.0, "a number in (0, 1)", "optimizer='sgd' has none")
+        if optimizer == "sgd" and momentum != 0.0:
+            raise argument_error("momentum", momentum, "0 for 'sgd'", "use optimizer='momentum'")
+        self.lr = _check_number("lr", lr)
+        self._velocity_scale = self.lr if self.lr > 0 else 1.0
+        self.weight_decay = _check_number("weight_decay", weight_decay)
+        self.clip_norm = _check_optional("clip_norm", clip_norm)
+        self.trust_ratio = _check_optional("trust_ratio", trust_ratio)
+        check_reduction(reduction)
+        self.reduction, self.fused, self.process_group = reduction, fused, process_group
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise argument_error(
+                "dtype", dtype, "float32 or float64", "half types would lose the sparse updates"
+            )
+        self.matrix = FactoredMatrix(self._initial(device, dtype))
+        self._pending: list[records.Record] = []
+        self.steps = 0
+
+    # ------------------------------------------------------------------ the loss
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        target_weight: torch.Tensor | None = None,
+        row_weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        denominator: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The loss of (..., D) features against (...) ids, or (..., K) ids a row.
+
+        In training mode, the backward of the result leaves what :meth:`step` needs; several backwards
+        add up. In eval mode or under ``no_grad`` nothing is recorded.
+        """
+        ids, several = self._ids(input, target, ignore_index)
+        s = self._statistics(input, ids, several, target_weight)
+        losses = self.loss.rows(s)
+        if row_weight is not None:
+            row_weight = row_weight.to(losses)
+        return reduce(losses, s.kept, self.reduction, row_weight, denominator).to(
+            torch.float64 if self._dtype == torch.float64 else torch.float32
+        )
+
+    def _statistics(
+        self,
+        input: torch.Tensor,
+        ids: torch.Tensor,
+        several: bool,  # noqa: FBT001
+        target_weight: torch.Tensor | None = None,
+    ) -> RowStatistics:
+        sink = self._receive if self.training and torch.is_grad_enabled() else None
+        flat = self._widen(input)
+        if sink is not None and not flat.requires_grad:
+            flat = flat.detach().requires_grad_()  # the weight learns even where the body is frozen
+        mean, variance, logits = records.FactoredStatistics.apply(
+            flat, ids.reshape(flat.shape[0], -1), self.matrix, sink
+        )
+        shape, v = input.shape[:-1], self.num_classes
+        values = {
+            "sum": mean * v,
+            "sum_sq": (variance + mean * mean) * v,
+            "mean": mean,
+            "variance": variance,
+        }
+        values = {name: value.view(shape) for name, value in values.items()}
+        values["target"] = logits.view(*shape, logits.shape[1])
+        return RowStatistics(
+            values,
+            reading=self.loss.request.reading,
+            classes=v,
+            vectors=None,
+            ids=ids,
+            several=several,
+            ignore_index=-1,
+            target_weight=target_weight,
+            route="factored",
+        )
+
+    # ------------------------------------------------------------------ the update
+
+    @torch.no_grad()
+    def step(self, grad_scale: float = 1.0) -> None:
+        """Apply what backward has recorded since the last step; nothing if nothing was.
+
+        Parameters
+        ----------
+        grad_scale
+            What the loss was multiplied by before backward (``GradScaler.get_scale()``).
+
+        Raises
+        ------
+        SingularStepError
+            lr times an eigenvalue of the gradient's input side is 1: the state is as before, the
+            recorded rows are kept, and a smaller ``head.lr`` can be tried.
+        FloatingPointError
+            A recorded cotangent is not finite; the rows are dropped, the state is as before.
+        """
+        group = self._group()
+        if group is None and not self._pending:
+            return
+        record = records.combine(self._pending) if self._pending else self._no_rows()
+        if group is not None:
+            record = records.gather(record, group)
+        if grad_scale != 1.0:
+            record = record.scaled(1.0 / grad_scale)
+        gradient = records.gradient(record)
+        finite = gradient.rows.isfinite().all() & gradient.square.isfinite().all()
+        if not bool(finite & gradient.linear.isfinite().all()):
+            self.zero_grad()
+            raise FloatingPointError(
+                "SphericalHead.step: the recorded gradient is not finite; the weight was left as it "
+                "was and the rows were dropped. A row of equal logits (V = 1, D = 0 features, a zero "
+                "weight) makes the Z-loss undefined"
+            )
+        apply_step(self.matrix, gradient, self._settings())
+        self._pending.clear()
+        self.steps += 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
+        """Forget what backward has recorded since the last step."""
+        super().zero_grad(set_to_none)
+        self._pending.clear()
+
+    def _receive(self, record: records.Record) -> None:
+        self._pending.append(record)
+        if self.fused:
+            self.step()
+
+    def _settings(self) -> Settings:
+        return Settings(
+            lr=_check_number("lr", self.lr),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            clip_norm=self.clip_norm,
+            trust_ratio=self.trust_ratio,
+            muon=self.optimizer == "muon",
+            velocity_scale=self._velocity_scale,
+        )
+
+    def _group(self) -> Any:
+        distributed = torch.distributed
+        if self.process_group is not None:
+            return self.process_group
+        if distributed.is_available() and distributed.is_initialized():
+            if distributed.get_world_size() > 1:
+                raise RuntimeError(
+                    "SphericalHead.step in a job of several ranks: each would train a weight of its "
+                    "own; pass process_group=torch.distributed.group.WORLD so that steps are shared"
+                )
+        return None
+
+    # ------------------------------------------------------------------ the weight
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.matrix.factor.dtype
+
+    @property
+    def _width(self) -> int:
+        return self.features + self.has_bias
+
+    def weight(self) -> torch.Tensor:
+        """Materialise W, (V, D), in A's dtype: 2VD² flops."""
+        return self.matrix.dense()[:, : self.features].contiguous()
+
+    def bias(self) -> torch.Tensor | None:
+        """Materialise the bias, (V,); None without one."""
+        return self.matrix.dense()[:, self.features].contiguous() if self.has_bias else None
+
+    @classmethod
+    def from_linear(cls, linear: torch.nn.Linear, **arguments: Any) -> SphericalHead:
+        """Make a head from a dense layer: its weight, its bias, its device."""
+        weight = linear.weight.detach()
+        arguments.setdefault(
+            "dtype", torch.float64 if weight.dtype == torch.float64 else torch.float32
+        )
+        arguments.setdefault("device", weight.device)
+        head = cls(*weight.shape, bias=linear.bias is not None, **arguments)
+        head.load_dense(weight, None if linear.bias is None else linear.bias.detach())
+        return head
+
+    def to_linear(self) -> torch.nn.Linear:
+        """Make a dense layer of the weight as it is now."""
+        dense = self.matrix.dense()
+        linear = torch.nn.Linear(
+            self.features, self.num_classes, self.has_bias, device=dense.device, dtype=dense.dtype
+        )
+        with torch.no_grad():
+            linear.weight.copy_(dense[:, : self.features])
+            if self.has_bias:
+                linear.bias.copy_(dense[:, self.features])
+        return linear
+
+    def load_dense(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Start over from a dense (V, D) weight and (V,) bias; velocity and recorded rows are dropped."""
+        expected = (self.num_classes, self.features)
+        if tuple(weight.shape) != expected:
+            raise argument_error(
+                "weight.shape", tuple(weight.shape), str(expected), "check V and D"
+            )
+        if (bias is not None) != self.has_bias:
+            raise argument_error(
+                "bias",
+                "given" if bias is not None else None,
+                f"bias={self.has_bias}",
+                "match the head",
+            )
+        like = self.matrix.factor
+        parts = [weight.to(like)] if bias is None else [weight.to(like), bias.to(like)[:, None]]
+        if self._heavy_ball:
+            parts.append(like.new_zeros(self.num_classes, self._width))
+        self.matrix.load(torch.cat(parts, 1))
+        self._pending.clear()
+
+    @property
+    def _heavy_ball(self) -> bool:
+        return self.momentum > 0.0
+
+    def _initial(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
+        """Uniform in ±1/√D as nn.Linear, columns centred so that mean logits start (and stay) at 0."""
+        bound = 1.0 / math.sqrt(self.features)
+        size = (self.num_classes, self._width)
+        weight = torch.empty(size, device=device, dtype=dtype).uniform_(-bound, bound)
+        if self.num_classes > 1:
+            weight -= weight.mean(0)
+        if self._heavy_ball:
+            weight = torch.cat([weight, torch.zeros_like(weight)], 1)
+        return weight
+
+    def diagnostics(self) -> dict[str, float]:
+        """Condition of U, live epochs, full re-bases, ‖W‖, steps taken, rows waiting for a step."""
+        d = self._width
+        return {
+            "condition": self.matrix.condition(),
+            "epochs": float(self.matrix.epochs),
+            "rebases": float(self.matrix.rebases),
+            "weight_norm": float(self.matrix.gram.diagonal()[:d].sum().clamp(min=0).sqrt()),
+            "steps": float(self.steps),
+            "pending_rows": float(sum(r.features.shape[0] for r in self._pending)),
+        }
+
+    # ------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def topk(self, input: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k most likely classes of (..., D) features: (scores, ids), (..., k) each.
+
+        Streams over A without N×V. Scores are log-probabilities for the two spherical softmaxes and
+        logits otherwise.
+        """
+        return scores.topk(self, input, k)
+
+    @torch.no_grad()
+    def rank(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Rank of the target among all classes, 1 = most likely; int64 of target's shape."""
+        return scores.rank(self, input, target)
+
+    @torch.no_grad()
+    def log_prob(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Log-probability of the target under the head's softmax; the two spherical softmaxes only."""
+        if self.loss.name not in ("spherical_softmax", "taylor_softmax"):
+            raise argument_error(
+                "loss",
+                repr(self.loss.name),
+                "a probabilistic loss",
+                "the others define no probability",
+            )
+        ids, several = self._ids(input, target, -100)
+        if several:
+            raise argument_error(
+                "target.shape", tuple(target.shape), "(...): one id a row", "index K"
+            )
+        return -self.loss.rows(self._statistics(input, ids, several)).to(self._dtype)
+
+    # ------------------------------------------------------------------ module plumbing
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The factored state; part of ``state_dict``."""
+        return {"matrix": self.matrix.state(), "steps": self.steps, "scale": self._velocity_scale}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Load the factored state; part of ``load_state_dict``."""
+        device = self.matrix.factor.device
+        shape = tuple(state["matrix"]["factor"].shape)
+        if shape != tuple(self.matrix.factor.shape):
+            raise argument_error(
+                "state_dict",
+                f"a factor of shape {shape}",
+                str(tuple(self.matrix.factor.shape)),
+                "make the head with the same num_classes, features, bias and optimizer",
+            )
+        self.matrix.restore({k: v.to(device) for k, v in state["matrix"].items()})
+        self.steps, self._velocity_scale = state["steps"], state["scale"]
+        self._pending.clear()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        if prefix + "weight" in state_dict:  # a plain dense checkpoint
+            bias = state_dict.get(prefix + "bias")
+            self.load_dense(state_dict[prefix + "weight"], bias)
+            names = ("weight", "bias")
+            state_dict = {k: v for k, v in state_dict.items() if k[len(prefix) :] not in names}
+            state_dict[prefix + "_extra_state"] = self.get_extra_state()
+            unexpected = arguments[3]
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+            unexpected[:] = [k for k in unexpected if k[len(prefix) :] not in names]
+            return
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *arguments: Any) -> SphericalHead:
+        """Move with the module; the float64 state keeps its dtype whatever the module is cast to."""
+        super()._apply(fn, *arguments)
+        self.matrix.move(fn)
+        return self
+
+    def extra_repr(self) -> str:
+        """What the head was made with."""
+        return (
+            f"{self.num_classes}, {self.features}, loss={self.loss.name!r}, bias={self.has_bias}, "
+            f"optimizer={self.optimizer!r}, lr={self.lr}"
+        )
+
+    def _widen(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., D) to (N, D or D + 1) float64, differentiable."""
+        if input.shape[-1] != self.features:
+            raise argument_error(
+                "input.shape", tuple(input.shape), f"(..., {self.features})", "match features"
+            )
+        flat = input.reshape(-1, self.features).to(torch.float64)
+        return torch.nn.functional.pad(flat, (0, 1), value=1.0) if self.has_bias else flat
+
+    def _ids(
+        self, input: torch.Tensor, target: torch.Tensor, ignore_index: int
+    ) -> tuple[torch.Tensor, bool]:
+        """Targets as int64 with -1 at padding, and whether there are several a row."""
+        lead = tuple(input.shape[:-1])
+        several = target.dim() == len(lead) + 1
+        if tuple(target.shape[: len(lead)]) != lead or target.dim() > len(lead) + 1:
+            raise argument_error(
+                "target.shape",
+                tuple(target.shape),
+                f"{lead} or {(*lead, 'K')}",
+                "one row, one target",
+            )
+        if target.is_floating_point():
+            raise argument_error("target.dtype", target.dtype, "class ids (int64)", "use .long()")
+        ids = target.to(torch.int64)
+        ids = torch.where(ids == ignore_index, -1, ids)
+        if not ids.is_cuda:
+            check_ids(ids.reshape(math.prod(lead), -1), self.num_classes)
+        return ids, several
+
+    def _no_rows(self) -> records.Record:
+        wide = {"dtype": torch.float64, "device": self.matrix.factor.device}
+        empty, none = torch.zeros(0, self._width, **wide), torch.zeros(0, **wide)
+        column = torch.zeros(0, 1, **wide)
+        return records.Record(empty, none, none, column.to(torch.int64), column)
+
+
+def _check_optimizer(name: str) -> str:
+    if name not in OPTIMIZERS:
+        raise argument_error(
+            "optimizer",
+            repr(name),
+            f"one of {', '.join(OPTIMIZERS)}",
+            "Adam, AdamW, Adagrad, RMSprop and sign methods square or take the sign of single "
+            "elements of the gradient, which has no exact O(D²) form; for them train an ordinary "
+            "nn.Linear with logitless.losses and route='gram'",
+        )
+    return name
+
+
+def _check_positive(argument: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise argument_error(argument, repr(value), "a positive int", "V and D are at least 1")
+
+
+def _check_number(argument: str, value: float, *, maximum: float = math.inf) -> float:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value < math.inf or value >= maximum:
+        upper = "" if maximum == math.inf else f" below {maximum:g}"
+        raise argument_error(argument, repr(value), f"a finite number ≥ 0{upper}", "0 turns it off")
+    return float(value)
+
+
+def _check_optional(argument: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if _check_number(argument, value) == 0.0:
+        raise argument_error(argument, value, "a positive number or None", "None turns it off")
+    return float(value)
