@@ -62,7 +62,7 @@ struct Sm90Gemm {
   static_assert(kFragments >= 1 && kTileN % 64 == 0, "whole fragments and panels");
 
   using Position = RingPosition<kStages>;
-  using Tiles = Raster<kTileM * kCluster, kTileN, Epilogue::kGated>;
+  using Tiles = Raster<kTileM * kCluster, kTileN, Epilogue::kGated && kTileM * kCluster <= 256>;  // a larger tile has no repair
 
   // ---------------------------------------------------------------------------------------------- producer
   // Loads this CTA's A tile and its share of the B tile of one k-block.
