@@ -1,4 +1,4 @@
-"""The spherical family on an ordinary weight: streamed and by Gram, and gradients in their parts."""
+"""The spherical family on an ordinary weight: streamed, by Gram, and gradients in their parts."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def test_variance_keeps_its_digits_at_a_large_mean():
     assert relative < 1e-4
 
 
+@pytest.mark.smoke
 def test_auto_follows_rows_against_features():
     assert choose(1000, 100) == "gram"
     assert choose(10, 100) == "stream"
@@ -121,6 +122,7 @@ def test_gram_is_cached_by_version():
     torch.testing.assert_close(gram(w).centred.double(), centred.T @ centred, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.smoke
 def test_cache_follows_an_optimiser_and_load_state_dict():
     linear = torch.nn.Linear(6, 40, bias=False)
     optimiser = torch.optim.AdamW(linear.parameters(), lr=0.1)
@@ -201,20 +203,18 @@ def test_refusals_name_the_remedy():
         losses.zloss(h, w, y, route="gram", softcap=30.0)
     with pytest.raises(IndexError, match=r"target\[2\] = 301"):
         losses.zloss(h, w, torch.tensor([0, 1, 301] + [0] * 21), route="gram")
-    with pytest.raises(RuntimeError, match="nothing was collected"):
-        with spherical.accumulate(w) as collected:
+    with spherical.accumulate(w) as collected:
+        with pytest.raises(RuntimeError, match="nothing was collected"):
             collected.write()
-    with spherical.accumulate(w), pytest.raises(RuntimeError, match="do not nest"):
-        with spherical.accumulate(w):
-            pass
+        with pytest.raises(RuntimeError, match="do not nest"):
+            spherical.accumulate(w).__enter__()
 
 
 def test_second_derivative_says_which_route_has_one():
     h, w, _, ids, _ = problem(torch.float64)
     loss = losses.zloss(h, w, ids[:, 0], route="gram")
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"route='stream'|once"):
-        (g,) = torch.autograd.grad(loss, [h], create_graph=True)
-        g.sum().backward()
+    with pytest.raises(NotImplementedError, match=r"route='stream'"):
+        torch.autograd.grad(loss, [h], create_graph=True)
     loss = losses.zloss(h, w, ids[:, 0], route="stream")
     (g,) = torch.autograd.grad(loss, [h], create_graph=True)
     g.sum().backward()

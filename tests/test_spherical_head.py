@@ -155,6 +155,7 @@ def small(**arguments):
     return SphericalHead(40, 5, **arguments), torch.randn(7, 5).double(), torch.randint(40, (7,))
 
 
+@pytest.mark.smoke
 def test_upstream_factor_and_several_backwards():
     head, h, y = small(reduction="sum")
     other = copy.deepcopy(head)
@@ -166,6 +167,7 @@ def test_upstream_factor_and_several_backwards():
     torch.testing.assert_close(head.weight(), other.weight(), rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.smoke
 def test_eval_and_no_grad_record_nothing():
     head, h, y = small()
     before = head.weight()
@@ -295,12 +297,8 @@ def _rank(rank, world, path, results):
     )
     lonely, h, y = small(reduction="sum")
     lonely(h, y).backward()
-    try:
+    with pytest.raises(RuntimeError, match="process_group"):
         lonely.step()
-    except RuntimeError as error:
-        assert "process_group" in str(error)
-    else:
-        raise AssertionError("a step without a group must be refused")
     head, h, y = small(reduction="sum", process_group=torch.distributed.group.WORLD)
     part = slice(0, 2) if rank == 0 else slice(2, 7)
     head(h[part], y[part]).backward()
@@ -348,9 +346,9 @@ def test_refusals(arguments, text):
 
 def test_bad_inputs_are_refused():
     head, h, y = small()
-    with pytest.raises(ValueError, match="input.shape"):
+    with pytest.raises(ValueError, match=r"input\.shape"):
         head(h[:, :3], y)
-    with pytest.raises(ValueError, match="target.shape"):
+    with pytest.raises(ValueError, match=r"target\.shape"):
         head(h, y[:3])
     with pytest.raises(IndexError, match=r"target\[0\] = 40"):
         head(h, torch.full_like(y, 40))

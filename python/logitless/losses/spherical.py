@@ -40,9 +40,9 @@ def zloss(s: RowStatistics, *, a: float = 1.0, b: float = 0.0, epsilon: float = 
     """Z-loss  softplus(a (b − ζ_y)) / a,  ζ the logits standardised over the classes.
 
     ζ_y = (z_y − mean) / (σ + epsilon). Invariant to shift and scale of the logits; ζ_y is at most
-    √(V − 1), so choose b on that scale. Undefined where all logits of a row are equal (σ = 0): with
-    V = 1, or a zero weight, ζ is 0/epsilon and its gradient is of order 1/epsilon, or nan where σ is
-    exactly 0. Not the λ·lse² regulariser, which other libraries also call z-loss (here: lse_square).
+    √(V − 1), so choose b on that scale. Undefined where all logits of a row are equal (σ = 0: for
+    V = 1 or a zero weight): the gradient is nan there. Not the λ·lse² regulariser, which other
+    libraries also call z-loss.
     """
     sigma = torch.sqrt(s.variance) + epsilon
     zeta = (s.target - _column(s, s.mean)) / _column(s, sigma)
@@ -58,7 +58,7 @@ def spherical_softmax(s: RowStatistics, *, epsilon: float = 1e-6) -> Tensor:
 
 @row_loss(want=("sum", "sum_sq", "target"), compute=spherical_statistics)
 def taylor_softmax(s: RowStatistics) -> Tensor:
-    """Log of the Taylor softmax  −log((1 + z_y + z_y²/2) / Σ(1 + z + z²/2)); the terms are ≥ 1/2."""
+    """Log of the Taylor softmax  −log((1 + z_y + z_y²/2) / Σ(1 + z + z²/2)); terms are ≥ 1/2."""
     total = torch.log(s.classes + s.sum + 0.5 * s.sum_sq)
     own = torch.log1p(s.target + 0.5 * s.target.square())
     return _per_target(s, _column(s, total) - own)
@@ -86,8 +86,8 @@ def squared_error(s: RowStatistics, *, average: bool = False) -> Tensor:
 def squentropy(s: RowStatistics) -> Tensor:
     """Squentropy  −log p_y + Σ_{j≠y} z_j² / (V − 1)  (Hui, Belkin, Wright 2023).
 
-    With the Gram route the square part costs O(D²) a row and the cross entropy is streamed. V = 1 has
-    no other class: the square part is 0. With K ids a row, the weighted sum over them.
+    With the Gram route the square part costs O(D²) a row and the cross entropy is streamed. V = 1
+    has no other class: the square part is 0. With K ids a row, the weighted sum over them.
     """
     if s.classes == 1:
         return _per_target(s, -s.log_prob)

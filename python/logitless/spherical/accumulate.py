@@ -1,8 +1,8 @@
 """Gradients of a spherical loss kept in their parts over micro-batches and ranks.
 
-A dense weight gradient costs V·D numbers to store, to add and to send. Its parts are D² + D numbers
-and the target rows, and they add up: collect them over the micro-batches of a step, sum them over the
-ranks, and write the dense gradient once.
+A dense weight gradient costs V·D numbers to store, to add and to send. Its parts are D² + D
+numbers and the target rows, and they add up: collect them over the micro-batches of a step, sum
+them over the ranks, and write the dense gradient once.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Accumulator:
     ) -> None:
         """Write the dense gradient into ``grad`` (V, D) and ``bias_grad`` (V,): 2VD² flops.
 
-        Without arguments it becomes ``weight.grad`` and ``bias.grad`` (allocated when absent, added to
-        when present, as a backward pass would). With ``accumulate`` it is added to the tensors given.
+        Without arguments it becomes ``weight.grad`` and ``bias.grad`` (allocated when absent, added
+        to when present, as a backward pass would). With ``accumulate`` it is added to the tensors.
         """
         parts = self._collected()
         if grad is None and bias_grad is None:
@@ -81,8 +81,8 @@ class Accumulator:
     def _collected(self) -> Structure:
         if self.structure is None:
             raise RuntimeError(
-                "nothing was collected: call backward of a spherical loss on this weight, with the Gram "
-                "route, inside `with spherical.accumulate(weight)`, before all_reduce or write"
+                "nothing was collected: call backward of a spherical loss on this weight, with "
+                "route='gram', inside `with spherical.accumulate(weight)`, then all_reduce or write"
             )
         return self.structure
 

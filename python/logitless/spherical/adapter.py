@@ -21,8 +21,8 @@ class SphericalOptimizer(torch.optim.Optimizer):
 
     Notes
     -----
-    Works with ``torch.amp.GradScaler`` (the scale is divided out, steps with non-finite gradients are
-    skipped) and with every scheduler of ``torch.optim.lr_scheduler``.
+    Works with ``torch.amp.GradScaler`` (the scale is divided out, steps with non-finite gradients
+    are skipped) and with every scheduler of ``torch.optim.lr_scheduler``.
     """
 
     _step_supports_amp_scaling = True
@@ -40,7 +40,7 @@ class SphericalOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take the head's step with the group's ``lr``; see `SphericalHead.step` for what it raises."""
+        """Take the head's step with the group's ``lr``; raises what `SphericalHead.step` does."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -54,7 +54,7 @@ class SphericalOptimizer(torch.optim.Optimizer):
                 raise
         return result
 
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001
         """Forget what backward has recorded."""
         self.head.zero_grad(set_to_none)
         self._probe()

@@ -6,9 +6,9 @@ matrix in two factors moves the first two into D×D and D-sized state, so that a
 factor only in the rows of the batch's targets.
 
 Products of many contractions would drive U towards singularity. Row v therefore remembers the
-*epoch* in which its factor was last written; when U becomes ill-conditioned the epoch is closed: the
-affine map of every live epoch absorbs U, and U starts again from the identity. A row is brought to
-the current epoch when it is next written. Nothing of size V is swept until ``max_epochs`` maps are
+*epoch* in which its factor was last written; when U becomes ill-conditioned the epoch is closed:
+the affine map of every live epoch absorbs U, and U starts again from the identity. A row is
+brought to the current epoch when it is next written. Nothing of size V is swept until ``max_epochs`` maps are
 alive, when one product re-bases all rows.
 """
 
@@ -116,17 +116,18 @@ class FactoredMatrix:
 
     def load(self, weight: torch.Tensor) -> None:
         """Start over from a dense (V, P) matrix, which is kept: A = W, U = I, one epoch."""
-        size, wide = weight.shape[1], {"dtype": torch.float64, "device": weight.device}
+        device = weight.device
         self.factor = weight.detach().contiguous()
-        self.mix, self.shift = torch.eye(size, **wide), torch.zeros(size, **wide)
-        self.stamp = torch.zeros(weight.shape[0], dtype=torch.int32, device=weight.device)
-        self.maps, self.offsets = torch.eye(size, **wide)[None], torch.zeros(1, size, **wide)
+        self.mix = torch.eye(weight.shape[1], dtype=torch.float64, device=device)
+        self.shift = torch.zeros_like(self.mix[0])
+        self.stamp = torch.zeros(weight.shape[0], dtype=torch.int32, device=device)
+        self.maps, self.offsets = self.mix[None].clone(), self.shift[None].clone()
         self.gram, self.column_sum = gram_and_sum(self.factor)
 
     @property
     def epochs(self) -> int:
         """Number of live epochs."""
-        return self.maps.shape[0]
+        return len(self.maps)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """W[ids] in float64: (n,) ids to (n, P)."""
@@ -204,7 +205,7 @@ class FactoredMatrix:
         return float(condition(lu, pivots, self.mix))
 
     def consolidate(self) -> None:
-        """Fold the live epochs into the factor, so that one map serves all rows: a sweep of 2VP² flops."""
+        """Fold the live epochs into the factor: one map serves all rows; 2VP² flops."""
         if self.epochs > 1:
             self._rebase()
 
@@ -259,10 +260,11 @@ class FactoredMatrix:
 
 def gram_and_sum(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """WᵀW (D, D) and Wᵀ1 (D,) in float64, widening 16384 rows at a time."""
-    size, wide = weight.shape[1], {"dtype": torch.float64, "device": weight.device}
-    gram, total = torch.zeros(size, size, **wide), torch.zeros(size, **wide)
-    for block in weight.detach().split(1 << 14):
-        rows = block.to(torch.float64)
+    size = weight.shape[1]
+    gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
+    total = torch.zeros_like(gram[0])
+    for start in range(0, weight.shape[0], 1 << 14):
+        rows = weight.detach()[start : start + (1 << 14)].to(torch.float64)
         gram.addmm_(rows.T, rows)
         total += rows.sum(0)
     return gram, total

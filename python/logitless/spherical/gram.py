@@ -1,8 +1,8 @@
 """The Gram route: Σz, Σz² and the logit variance of an ordinary weight, in O(D²) a row.
 
-With m = Wᵀ1/V and the centred Gram matrix Q = (W − 1mᵀ)ᵀ(W − 1mᵀ), the mean of a row's logits is h·m
-and their variance hᵀQh/V: neither visits the classes. Q and m are computed once per version of the
-weight, so one optimiser step pays 2VD² for them and 2VD² for its gradient
+With m = Wᵀ1/V and the centred Gram matrix Q = (W − 1mᵀ)ᵀ(W − 1mᵀ), the mean of a row's logits is
+h·m and their variance hᵀQh/V: neither visits the classes. Q and m are computed once per version of
+the weight, so one optimiser step pays 2VD² for them and 2VD² for its gradient
 dW = W X + 1 xᵀ + target rows, whatever the number of rows; streaming pays 6NVD to 8NVD. The centred
 form keeps the digits of a variance far below the squared mean, which Σz²/V − mean² loses.
 
@@ -70,7 +70,7 @@ def gram(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Gram:
 
 
 def invalidate(weight: torch.Tensor) -> None:
-    """Forget what is cached for ``weight``: after an edit that its version counter does not show."""
+    """Forget what is cached for ``weight``, after an edit that its version counter misses."""
     _cache.pop(weight, None)
 
 

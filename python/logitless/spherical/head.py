@@ -22,7 +22,7 @@ OPTIMIZERS = ("sgd", "momentum", "muon")
 
 
 class SphericalHead(torch.nn.Module):
-    """A linear head with a spherical loss, kept in two factors and updated exactly in O(D²) a row.
+    """A linear head with a spherical loss, in two factors and updated exactly in O(D²) a row.
 
     W = A·U + 1·ωᵀ, with A (V, D) and D-sized state. The forward costs 2ND² + 2ND flops and the step
     about 10ND² + (2/3)D³ whatever V is; only rows of A that are somebody's target are touched. The
@@ -124,10 +124,10 @@ class SphericalHead(torch.nn.Module):
         ignore_index: int = -100,
         denominator: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The loss of (..., D) features against (...) ids, or (..., K) ids a row.
+        """Compute the loss of (..., D) features against (...) ids, or (..., K) ids a row.
 
-        In training mode, the backward of the result leaves what :meth:`step` needs; several backwards
-        add up. In eval mode or under ``no_grad`` nothing is recorded.
+        In training mode, the backward of the result leaves what :meth:`step` needs; several
+        backwards add up. In eval mode or under ``no_grad`` nothing is recorded.
         """
         ids, several = self._ids(input, target, ignore_index)
         s = self._statistics(input, ids, several, target_weight)
@@ -205,15 +205,15 @@ class SphericalHead(torch.nn.Module):
         if not bool(finite & gradient.linear.isfinite().all()):
             self.zero_grad()
             raise FloatingPointError(
-                "SphericalHead.step: the recorded gradient is not finite; the weight was left as it "
-                "was and the rows were dropped. A row of equal logits (V = 1, D = 0 features, a zero "
-                "weight) makes the Z-loss undefined"
+                "SphericalHead.step: the recorded gradient is not finite; the weight was left as "
+                "it was and the rows were dropped. A row of equal logits (V = 1, or a zero weight) "
+                "makes the Z-loss undefined"
             )
         apply_step(self.matrix, gradient, self._settings())
         self._pending.clear()
         self.steps += 1
 
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001
         """Forget what backward has recorded since the last step."""
         super().zero_grad(set_to_none)
         self._pending.clear()
@@ -238,12 +238,12 @@ class SphericalHead(torch.nn.Module):
         distributed = torch.distributed
         if self.process_group is not None:
             return self.process_group
-        if distributed.is_available() and distributed.is_initialized():
-            if distributed.get_world_size() > 1:
-                raise RuntimeError(
-                    "SphericalHead.step in a job of several ranks: each would train a weight of its "
-                    "own; pass process_group=torch.distributed.group.WORLD so that steps are shared"
-                )
+        initialised = distributed.is_available() and distributed.is_initialized()
+        if initialised and distributed.get_world_size() > 1:
+            raise RuntimeError(
+                "SphericalHead.step in a job of several ranks: each would train its own weight; "
+                "pass process_group=torch.distributed.group.WORLD so that steps are shared"
+            )
         return None
 
     # ------------------------------------------------------------------ the weight
@@ -289,7 +289,7 @@ class SphericalHead(torch.nn.Module):
         return linear
 
     def load_dense(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """Start over from a dense (V, D) weight and (V,) bias; velocity and recorded rows are dropped."""
+        """Start over from a dense (V, D) weight and (V,) bias; velocity and records are dropped."""
         expected = (self.num_classes, self.features)
         if tuple(weight.shape) != expected:
             raise argument_error(
@@ -314,7 +314,7 @@ class SphericalHead(torch.nn.Module):
         return self.momentum > 0.0
 
     def _initial(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Uniform in ±1/√D as nn.Linear, columns centred so that mean logits start (and stay) at 0."""
+        """Uniform in ±1/√D as nn.Linear; columns are centred, so mean logits start at 0."""
         bound = 1.0 / math.sqrt(self.features)
         size = (self.num_classes, self._width)
         weight = torch.empty(size, device=device, dtype=dtype).uniform_(-bound, bound)
@@ -354,7 +354,7 @@ class SphericalHead(torch.nn.Module):
 
     @torch.no_grad()
     def log_prob(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Log-probability of the target under the head's softmax; the two spherical softmaxes only."""
+        """Log-probability of the target; the two spherical softmaxes only."""
         if self.loss.name not in ("spherical_softmax", "taylor_softmax"):
             raise argument_error(
                 "loss",
@@ -406,8 +406,8 @@ class SphericalHead(torch.nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], *arguments: Any) -> SphericalHead:
-        """Move with the module; the float64 state keeps its dtype whatever the module is cast to."""
-        super()._apply(fn, *arguments)
+        """Move with the module; the float64 state keeps its dtype when the module is cast."""
+        super()._apply(fn, *arguments)  # type: ignore[no-untyped-call]
         self.matrix.move(fn)
         return self
 
@@ -449,9 +449,8 @@ class SphericalHead(torch.nn.Module):
         return ids, several
 
     def _no_rows(self) -> records.Record:
-        wide = {"dtype": torch.float64, "device": self.matrix.factor.device}
-        empty, none = torch.zeros(0, self._width, **wide), torch.zeros(0, **wide)
-        column = torch.zeros(0, 1, **wide)
+        empty = self.matrix.gram.new_zeros(0, self._width)
+        none, column = empty.new_zeros(0), empty.new_zeros(0, 1)
         return records.Record(empty, none, none, column.to(torch.int64), column)
 
 

@@ -86,8 +86,9 @@ def gather(record: Record, group: Any) -> Record:
     torch.distributed.all_gather(parts, padded, group=group)
     whole = torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)])
     features, k = record.features.shape[1], record.ids.shape[1]
-    e, square, linear, ids, target = whole.split([features, 1, 1, k, k], 1)
-    gathered = Record(e, square[:, 0], linear[:, 0], ids.to(torch.int64), target)
+    columns = whole[:, features:]
+    ids, target = columns[:, 2 : 2 + k].to(torch.int64), columns[:, 2 + k :]
+    gathered = Record(whole[:, :features], columns[:, 0], columns[:, 1], ids, target)
     return gathered.scaled(1.0 / world)
 
 
@@ -99,7 +100,7 @@ def gradient(record: Record) -> Gradient:
 
 
 class FactoredStatistics(torch.autograd.Function):
-    """(features (N, D), ids (N, K), matrix, sink) to mean, variance (N,) and target (N, K), float64.
+    """(features (N, D), ids (N, K), matrix, sink) to mean, variance (N,), target (N, K), float64.
 
     The backward gives the features' gradient and hands the weight's to ``sink`` as a Record.
     """
@@ -112,6 +113,7 @@ class FactoredStatistics(torch.autograd.Function):
         matrix: FactoredMatrix,
         sink: Callable[[Record], None] | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Compute the statistics in O(ND²)."""
         d, classes = features.shape[1], matrix.factor.shape[0]
         product = features @ matrix.gram[:d, :d]
         column_sum = matrix.column_sum[:d].clone()
@@ -130,6 +132,7 @@ class FactoredStatistics(torch.autograd.Function):
     def backward(
         ctx: Any, g_mean: torch.Tensor, g_variance: torch.Tensor, g_target: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
+        """Give the features' gradient; record the weight's."""
         features, ids, product, column_sum, targets, mean = ctx.saved_tensors
         square = g_variance / ctx.classes
         linear = (g_mean - 2 * g_variance * mean) / ctx.classes

@@ -1,4 +1,4 @@
-"""Which way the statistics of a spherical loss are computed: streamed over the classes or by Gram."""
+"""How the statistics of a spherical loss are computed: streamed over the classes, or by Gram."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def spherical_statistics(
     """Compute a request by the route asked for; the result's ``route`` says which one ran.
 
     ``route="gram"`` costs O(D²) a row once the weight's Gram matrix is known (2VD² flops for each
-    version of the weight); statistics that need the classes, such as ``rest``, are streamed beside it.
+    version of the weight); statistics that need the classes, as ``rest`` does, are streamed.
     """
     streamed: dict[str, Any] = {
         "linear_bias": linear_bias,
@@ -78,7 +78,13 @@ def spherical_statistics(
             route = choose(geometry.rows, geometry.features, fresh=fresh)
     if route == "stream":
         return compute(request, geometry, input, linear_weight, target, **streamed)
-    ids = None if target is None else inputs.class_ids(target, geometry, shift)
+    ids = (
+        None
+        if target is None
+        else inputs.class_ids(
+            target, geometry, shift, inputs.IGNORE_INDEX if ignore_index is None else ignore_index
+        )
+    )
     values = _gram_values(request, geometry, input, linear_weight, ids, streamed)
     others = tuple(name for name in request.core if name not in SPHERICAL)
     if others:

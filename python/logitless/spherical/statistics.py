@@ -10,8 +10,8 @@ from logitless.spherical.gram import gram, wide
 from logitless.spherical.structure import Structure
 
 _DOUBLE = (
-    "the Gram route of a spherical loss is differentiable once; for higher derivatives call the loss "
-    "with route='stream'"
+    "the Gram route of a spherical loss is differentiable once; for higher derivatives call the "
+    "loss with route='stream'"
 )
 
 

@@ -1,11 +1,11 @@
 """Exact optimiser steps of a spherical head, in O(D²) a row.
 
-The gradient of any loss of the spherical family is ∇W = W X + 1 xᵀ + S: a right multiplication by a
-D×D matrix, one row added to every row, and rows of their own for the batch's targets. A step is exact
-in the factored form when it only multiplies such a matrix from the right, scales it or adds to it.
-SGD, decoupled weight decay, clipping by the global norm, the trust ratio, heavy-ball momentum and Muon
-with the exact polar factor all do. Adam, Adagrad, RMSprop and sign methods do not: they square or take
-the sign of single elements, which no right multiplication can.
+The gradient of any loss of the spherical family is ∇W = W X + 1 xᵀ + S: a right multiplication by
+a D×D matrix, one row added to every row, and rows of their own for the batch's targets. A step is
+exact in the factored form when it only multiplies such a matrix from the right, scales it or adds
+to it. SGD, decoupled weight decay, clipping by the global norm, the trust ratio, heavy-ball
+momentum and Muon with the exact polar factor all do. Adam, Adagrad, RMSprop and sign methods do
+not: they square or take the sign of single elements, which no right multiplication can.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Gradient:
 class Settings:
     """What a step does with the gradient; every number but the last may change between steps.
 
-    ``velocity_scale`` is the constant s in the factored pair [W, sB]. At s = the first learning rate the
-    two halves are of one size, and U stays well-conditioned for tens of steps instead of one.
+    ``velocity_scale`` is the constant s in the factored pair [W, sB]. With s = the first lr the two
+    halves are of one size, and U stays well-conditioned for tens of steps, not one.
     """
 
     lr: float
@@ -91,8 +91,8 @@ class Settings:
 def apply_step(matrix: FactoredMatrix, gradient: Gradient, settings: Settings) -> None:
     """One optimiser step on the factored weight.
 
-    Without momentum ``matrix`` holds W (P = D). With momentum it holds [W, sB] side by side (P = 2D),
-    B the velocity: B ← μB + ∇W, then W ← (1 − lr·λ) W − lr·B. Muon replaces the last B by its polar
+    Without momentum ``matrix`` holds W (P = D), with momentum [W, sB] side by side (P = 2D), B the
+    velocity: B ← μB + ∇W, then W ← (1 − lr·λ) W − lr·B. Muon replaces the last B by its polar
     factor B (BᵀB)^(−½); the trust ratio replaces lr by lr·ratio·‖W‖/(‖∇W‖ + λ‖W‖).
 
     Raises
@@ -197,4 +197,5 @@ def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(gram)
     kept = values > POLAR_CUTOFF * values[-1]
     root = torch.where(kept, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), 0.0)
-    return (vectors * root) @ vectors.T
+    inverse: torch.Tensor = (vectors * root) @ vectors.T
+    return inverse
