@@ -50,8 +50,9 @@ impl Unit for Variance {
         let count = tile.z.len() as f64;
         let mut later = [[count; LANES], [0.0; LANES], [0.0; LANES]];
         for i in 0..LANES {
+            // An infinite mean has no deviations: it stands, and the variance is nan, as in torch.
             let correction = first[i].to_f64() / count;
-            later[1][i] = mean[i].to_f64() + correction;
+            later[1][i] = mean[i].to_f64() + if correction.is_nan() { 0.0 } else { correction };
             later[2][i] = second[i].to_f64() - correction * first[i].to_f64();
         }
         self.merge::<FMA>(state, &later);
@@ -63,7 +64,7 @@ impl Unit for Variance {
             let count = state[0][i] + later[0][i];
             let share = if count == 0.0 { 0.0 } else { later[0][i] / count };
             let delta = later[1][i] - state[1][i];
-            state[1][i] += delta * share;
+            state[1][i] += if delta.is_finite() { delta * share } else { later[1][i] };
             state[2][i] += later[2][i] + delta * delta * share * state[0][i];
             state[0][i] = count;
         }
