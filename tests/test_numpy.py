@@ -20,7 +20,6 @@ GRADIENTS = ("input", "linear_weight", "linear_bias")
 def check_loss(arguments: tuple[Any, ...], label: str = "", **options: Any) -> ln.CrossEntropy:
     """Compare a call with its reference, loss and gradients."""
     ours = {k: v for k, v in options.items() if k != "memory"}
-    cotangent = options.get("cotangent", 1.0)
     reference = testing.linear_cross_entropy(*arguments, **ours)
     found = ln.linear_cross_entropy(*arguments, **options)
     dtype = arguments[0].dtype
@@ -38,17 +37,27 @@ def check_loss(arguments: tuple[Any, ...], label: str = "", **options: Any) -> l
             "gradient",
             dtype,
             label=f"{name} {label}",
-            scale=gradient_scale(reference.gradients[name], cotangent, options, reference.loss),
+            scale=gradient_scale(
+                reference.gradients[name], name, arguments, options.get("reduction", "mean")
+            ),
         )
     return found
 
 
 def gradient_scale(
-    gradient: np.ndarray, cotangent: Any, options: dict[str, Any], loss: np.ndarray
+    gradient: np.ndarray, name: str, arguments: tuple[Any, ...], reduction: str
 ) -> float:
-    """Size that a gradient's error is measured by: its largest element."""
-    del cotangent, options, loss
-    return max(float(np.abs(np.nan_to_num(gradient)).max(initial=0.0)), 1e-3)
+    """Size that a gradient's error is measured by: its largest element.
+
+    Terms of the size of 1/V times an operand may cancel to less, as where smoothing meets softmax;
+    those of the weight and the bias are sums over the rows.
+    """
+    input, weight = (np.abs(array.astype(np.float64)) for array in arguments[:2])
+    operand = max(1.0, float(np.nan_to_num(input).max(initial=0.0)), float(weight.max()))
+    rows = max(1, input[..., 0].size)
+    terms = operand / weight.shape[0] * (1 if name == "input" else rows)
+    largest = float(np.abs(np.nan_to_num(gradient)).max(initial=0.0))
+    return max(largest, terms / rows if reduction == "mean" else terms)
 
 
 # Linear cross entropy -----------------------------------------------------------------------------
@@ -341,6 +350,60 @@ def test_infinite_logits_give_what_torch_gives() -> None:
             gradients=(),
         )
         np.testing.assert_allclose(found.loss, expected.numpy(), rtol=1e-5)
+
+
+SPECIAL = {
+    "-inf": (-np.inf,),
+    "inf": (np.inf,),
+    "nan": (np.nan,),
+    "two of inf": (np.inf, np.inf),
+    "two of -inf": (-np.inf, -np.inf),
+    "both signs": (np.inf, -np.inf),
+    "nan and inf": (np.nan, np.inf),
+    "all but one": (-np.inf,) * 39,
+}
+
+
+@pytest.mark.parametrize("special", SPECIAL)
+@pytest.mark.parametrize("target", [None, 0, 1, 39])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_special_values_in_every_statistic(
+    special: str, target: int | None, softcap: float | None, dtype: str, rng: np.random.Generator
+) -> None:
+    classes = 40
+    bias = rng.standard_normal(classes)
+    bias[: len(SPECIAL[special])] = SPECIAL[special]
+    case = testing.make_case(3, 2, classes, dtype=dtype)
+    vectors = np.linspace(0.0, 1.0, classes)
+    plain = [name for name in PLAIN if name not in ("rest", "target", "log_prob", "rest_entropy")]
+    with_target = ["rest", "target", "log_prob"] if target is not None else []
+    parameters = [stats.topk(3), stats.power_lse(2), stats.weighted(vectors)]
+    ids = None if target is None else np.full(3, target)
+    found, _ = ln.row_statistics(
+        case.input,
+        case.linear_weight,
+        ids,
+        want=[*plain, *with_target, *parameters],
+        linear_bias=bias.astype(dtype),
+        softcap=softcap,
+        gradients=(),
+    )
+    expected, _ = testing.row_statistics(
+        case.input,
+        case.linear_weight,
+        ids,
+        linear_bias=bias.astype(dtype),
+        softcap=softcap,
+        powers=(2.0,),
+        vectors=vectors,
+        topk=3,
+    )
+    for name in found:
+        value = getattr(found, name)
+        np.testing.assert_allclose(
+            value, expected[name].reshape(value.shape), rtol=1e-4, atol=1e-5, err_msg=name
+        )
 
 
 # Row statistics -----------------------------------------------------------------------------------

@@ -126,7 +126,9 @@ def _mean_logit_dz(rows: Rows, g: Floats) -> Floats:
 
 
 def _log_prob(rows: Rows) -> Floats:
-    return np.take_along_axis(rows.log_p, rows.safe_ids, axis=1)[:, 0]
+    """As torch: nan in a row whose logits are all −inf."""
+    at_target = np.take_along_axis(rows.log_p, rows.safe_ids, axis=1)[:, 0]
+    return np.where(np.isneginf(rows.lse), np.nan, at_target)
 
 
 def _log_prob_dz(rows: Rows, g: Floats) -> Floats:
