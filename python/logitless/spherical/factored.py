@@ -7,9 +7,9 @@ factor only in the rows of the batch's targets.
 
 Products of many contractions would drive U towards singularity. Row v therefore remembers the
 *epoch* in which its factor was last written; when U becomes ill-conditioned the epoch is closed:
-the affine map of every live epoch absorbs U, and U starts again from the identity. A row is
-brought to the current epoch when it is next written. Nothing of size V is swept until ``max_epochs`` maps are
-alive, when one product re-bases all rows.
+the affine map of every live epoch absorbs U, and U starts again from the identity. A row is brought
+to the current epoch when it is next written. Nothing of size V is swept until ``max_epochs`` maps
+are alive, when one product re-bases all rows.
 """
 
 from __future__ import annotations
