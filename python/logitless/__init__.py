@@ -3,8 +3,8 @@
 A linear head with N rows, D features and V classes never needs its N x V logits: nearly every
 loss is a function of a few statistics of each row, and those are streamed.
 
-``logitless.functional``, ``logitless.nn`` and ``logitless.losses`` serve torch;
-``logitless.numpy`` serves arrays; `row_statistics` and `row_loss` serve losses of your own.
+``logitless.functional``, ``logitless.nn``, ``logitless.losses`` and ``logitless.spherical`` serve
+torch; ``logitless.numpy`` serves arrays; `row_statistics` and `row_loss` serve losses of your own.
 
 Importing this package imports neither torch nor NumPy, starts no thread and touches no driver:
 every public name below is loaded on first use.
@@ -18,20 +18,20 @@ from typing import TYPE_CHECKING, Any
 from logitless._core import __version__ as __version__
 
 if TYPE_CHECKING:
-    from logitless import functional, losses, nn, numpy, ops, stats, testing
+    from logitless import functional, losses, nn, numpy, ops, spherical, stats, testing
     from logitless._core import get_num_threads, set_num_threads
     from logitless.accumulator import LogSumExp
     from logitless.losses._base import PerRow, row_loss
-    from logitless.ops import RowStatistics, row_statistics
+    from logitless.ops.row_statistics import RowStatistics, row_statistics
 
-_MODULES = ("functional", "losses", "nn", "numpy", "ops", "stats", "testing")
+_MODULES = ("functional", "losses", "nn", "numpy", "ops", "spherical", "stats", "testing")
 _HOME = {
     "LogSumExp": "logitless.accumulator",
     "PerRow": "logitless.losses._base",
-    "RowStatistics": "logitless.ops",
+    "RowStatistics": "logitless.ops.row_statistics",
     "get_num_threads": "logitless._core",
     "row_loss": "logitless.losses._base",
-    "row_statistics": "logitless.ops",
+    "row_statistics": "logitless.ops.row_statistics",
     "set_num_threads": "logitless._core",
 }
 
@@ -48,6 +48,7 @@ __all__ = [
     "row_loss",
     "row_statistics",
     "set_num_threads",
+    "spherical",
     "stats",
     "testing",
 ]
