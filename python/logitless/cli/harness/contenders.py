@@ -147,7 +147,8 @@ def _logitless(memory: str) -> Loss:
     from logitless import functional
 
     def loss(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return functional.linear_cross_entropy(input, weight, target, memory=memory)
+        value: Tensor = functional.linear_cross_entropy(input, weight, target, memory=memory)
+        return value
 
     return loss
 

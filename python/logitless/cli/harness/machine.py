@@ -22,6 +22,7 @@ def facts(device: torch.device) -> dict[str, str]:
     found = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "processor": processor(),
+        "load": f"{os.getloadavg()[0]:.1f} runnable when it began",
         "threads": f"torch {torch.get_num_threads()}, logitless follows torch",
         "OMP": settings(THREAD_VARIABLES),
         "allocator": allocator(),

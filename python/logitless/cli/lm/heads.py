@@ -20,7 +20,8 @@ def streamed(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """The same number without the logits: (B, T, D), (V, D), (B, T) -> ()."""
     from logitless import functional
 
-    return functional.linear_cross_entropy(hidden, weight, target)
+    loss: Tensor = functional.linear_cross_entropy(hidden, weight, target)
+    return loss
 
 
 HEADS: dict[str, Head] = {"ordinary": ordinary, "logitless": streamed}
