@@ -186,6 +186,20 @@ def test_bench_measures_a_shape(tmp_path: Path) -> None:
     assert (tmp_path / "b.png").stat().st_size > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("clock", ["interleaved", "sustained"])
+def test_bench_on_a_gpu(tmp_path: Path, clock: str) -> None:
+    out(
+        *("bench", "--shape", "256,64,1000", "--device", "cuda", "--dtype", "bf16"),
+        *("--only", "eager,lean,fast,products", "--clock", clock, "--seconds", "0.2"),
+        *("--json", str(tmp_path / "b.json")),
+    )
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    ours = [row for row in rows if row["contender"] == "lean"]
+    assert all(row["peak_bytes"] > 0 for row in ours)
+    assert ours[-1]["error"]["d_weight"] < 0.01
+
+
 @needs_torch
 @pytest.mark.memory
 def test_bench_measures_memory_in_a_process_of_its_own(tmp_path: Path) -> None:

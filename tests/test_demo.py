@@ -127,7 +127,7 @@ def test_a_head_larger_than_the_machine_is_not_tried(
     [
         (("--tokens", "100"), "expected a multiple of --context (16)"),
         (("--hidden", "100"), "expected a multiple of 64"),
-        (("--dtype", "fp64"), "expected fp32, bf16 or fp16"),
+        (("--dtype", "fp64"), "expected fp32 or bf16"),
         (("--dtype", "fp16"), "expected fp32 or bf16"),
     ],
 )
@@ -135,6 +135,16 @@ def test_sizes_that_do_not_fit_are_refused(arguments: tuple[str, ...], expected:
     result = CliRunner().invoke(app, ["demo", *TINY, *arguments])
     assert result.exit_code == 2
     assert expected in " ".join(result.output.split())
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_few_files")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_it_trains_on_a_gpu(tmp_path: Path, dtype: str) -> None:
+    _, found = demo(tmp_path, "--steps", "8", "--device", "cuda", "--dtype", dtype)
+    assert "GPU" in found["machine"]
+    assert found["runs"]["logitless"]["head peak bytes"] > 0
+    assert found["largest loss difference"] < (1e-3 if dtype == "fp32" else 0.05)
 
 
 def test_cuda_without_a_device_is_refused() -> None:
