@@ -49,13 +49,14 @@ _torch_codes: dict[object, int] = {}
 
 def framework(array: object) -> Framework | None:
     """Name the framework of an array; None for anything else."""
-    for name in ("torch", "numpy", "cupy"):
+    names: tuple[Framework, ...] = ("torch", "numpy", "cupy")
+    for name in names:
         module = sys.modules.get(name)
         if module is None:
             continue
         kind = module.Tensor if name == "torch" else module.ndarray
         if isinstance(array, kind):
-            return name  # type: ignore[return-value]
+            return name
     return None
 
 

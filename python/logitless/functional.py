@@ -153,7 +153,7 @@ def linear_cross_entropy(
         inputs.check_class_weight(weight, input, geometry.classes)
     if row_weight is not None:
         row_weight = inputs.per_row("row_weight", row_weight, geometry, shift, input)
-    s, losses, divisor = rows.cross_entropy_rows(
+    s, losses, by_kind = rows.cross_entropy_rows(
         geometry,
         input,
         linear_weight,
@@ -169,8 +169,7 @@ def linear_cross_entropy(
         memory=memory,
     )
     kept = None if geometry.kind == "probability" else s.kept
-    if denominator is not None:
-        divisor = denominator
+    divisor = by_kind if denominator is None else denominator
     loss = reduce(losses, kept, reduction, row_weight, divisor)
     if z_loss_weight:
         squared = reduce(s.lse.square(), kept, reduction, row_weight, denominator)

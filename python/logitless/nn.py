@@ -53,6 +53,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     """
 
     weight: Tensor | None
+    logit_scale: Any
 
     def __init__(
         self,
@@ -94,9 +95,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         self.z_loss_weight = z_loss_weight
         self.memory = memory
         self.register_buffer("weight", weight)
-        if isinstance(logit_scale, torch.Tensor) and not isinstance(
-            logit_scale, torch.nn.Parameter
-        ):
+        if type(logit_scale) is torch.Tensor:
             self.register_buffer("logit_scale", logit_scale)
         else:
             self.logit_scale = logit_scale

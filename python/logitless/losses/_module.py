@@ -46,9 +46,9 @@ class LossModule(torch.nn.Module):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
-        _check.check_reduction(self.reduction)
-        _check.check_softcap(self.softcap)
-        _check.check_memory(self.memory)
+        _check.check_reduction(fixed.get("reduction", "mean"))
+        _check.check_softcap(fixed.get("softcap"))
+        _check.check_memory(fixed.get("memory", "lean"))
 
     def forward(
         self, input: Tensor, linear_weight: Tensor, target: Tensor | None, **arguments: Any

@@ -11,7 +11,7 @@ from typing import Any
 from logitless._extras import torch
 from logitless.ops import custom_ops, engine
 from logitless.ops.double_backward import double_backward
-from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call
+from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call, Tensors
 
 __all__ = ["gradient_mask", "statistics"]
 
@@ -32,25 +32,15 @@ def gradient_mask(*tensors: Optional) -> int:
     return mask
 
 
-def statistics(
-    call: Call,
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    scale: Optional,
-    dense: Optional,
-    ids: Optional,
-    vectors: Optional,
-) -> tuple[Tensor, ...]:
+def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """Compute the core's fields of a call, differentiably, by whichever way the context needs."""
-    if custom_ops.needed(input, weight, bias, scale, dense):
-        return custom_ops.statistics(call, input, weight, bias, scale, dense, ids, vectors)
+    if custom_ops.needed(*tensors):
+        return custom_ops.statistics(call, tensors)
     transformed = torch._C._are_functorch_transforms_active()
     if call.gradients or transformed:
         op = _Transformed if transformed else _RowStatistics
-        outputs = op.apply(input, weight, bias, scale, dense, ids, vectors, call)
-        return outputs[:-1]  # type: ignore[no-any-return]
-    return engine.forward(call, input, weight, bias, scale, dense, ids, vectors)[0]
+        return op.apply(*tensors, call)[:-1]  # type: ignore[no-any-return]
+    return engine.forward(call, tensors)[0]
 
 
 class _Refusals(torch.autograd.Function):
@@ -86,18 +76,18 @@ class _RowStatistics(_Refusals):
         return output
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Optional) -> tuple[Optional, ...]:
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Optional, ...]:
         """Recompute tiles, or differentiate the recomputation if a graph of it is wanted."""
-        *inputs, ids, vectors = ctx.saved_tensors[:7]
+        tensors = Tensors(*ctx.saved_tensors[:7])
         *fields, store = ctx.saved_tensors[7:]
         wanted = sum(b for b, need in zip(_BITS, ctx.needs_input_grad[:5], strict=True) if need)
         if not torch.is_grad_enabled():
             gradients = engine.backward(
-                ctx.call, wanted, *inputs, ids, vectors, store, tuple(fields), cotangents[:-1]
+                ctx.call, wanted, tensors, store, tuple(fields), cotangents[:-1]
             )
         else:
             gradients = _RowStatisticsBackward.apply(
-                *inputs, ids, vectors, store, ctx.call, wanted, *fields, *cotangents[:-1]
+                *tensors, store, ctx.call, wanted, *fields, *cotangents[:-1]
             )
         return (*gradients, None, None, None)
 
@@ -118,7 +108,7 @@ class _Transformed(_RowStatistics):
 
 def _compute(*arguments: Any) -> tuple[Optional, ...]:
     *tensors, call = arguments
-    fields, store = engine.forward(call, *tensors)
+    fields, store = engine.forward(call, Tensors(*tensors))
     return (*fields, store)
 
 
@@ -139,32 +129,25 @@ class _RowStatisticsBackward(_Refusals):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Optional, ...]:
         """Return the gradients of (input, weight, bias, scale, dense)."""
-        inputs, (ids, vectors, store, call, wanted), rest = _split(arguments)
+        (*tensors, store, call, wanted), rest = arguments[:10], arguments[10:]
         count = len(rest) // 2
-        return engine.backward(
-            call, wanted, *inputs, ids, vectors, store, rest[:count], rest[count:]
-        )
+        return engine.backward(call, wanted, Tensors(*tensors), store, rest[:count], rest[count:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
         """Keep what the dense recomputation starts from."""
-        tensors, (ids, vectors, _, ctx.call, _), rest = _split(inputs)
-        ctx.save_for_backward(*tensors, ids, vectors, *rest)
+        ctx.call = inputs[8]
+        ctx.save_for_backward(*inputs[:7], *inputs[10:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *directions: Optional) -> tuple[Optional, ...]:
         """Differentiate twice by dense torch on chunks of rows."""
-        *inputs, ids, vectors = ctx.saved_tensors[:7]
+        tensors = Tensors(*ctx.saved_tensors[:7])
         rest = ctx.saved_tensors[7:]
         count = len(rest) // 2
         gradients, cotangents = double_backward(
-            ctx.call, *inputs, ids, vectors, rest[:count], rest[count:], directions
+            ctx.call, tensors, rest[:count], rest[count:], directions
         )
         return (*gradients, None, None, None, None, None, *(None,) * count, *cotangents)
-
-
-def _split(arguments: Any) -> tuple[Any, Any, Any]:
-    """(input, weight, bias, scale, dense), (ids, vectors, store, call, wanted), the rest."""
-    return arguments[:5], arguments[5:10], arguments[10:]

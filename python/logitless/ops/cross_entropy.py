@@ -15,13 +15,14 @@ from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.ops import autograd, custom_ops, engine, inputs, layout
 from logitless.ops.elementwise import softplus
-from logitless.ops.engine import BIAS, INPUT, SCALE, WEIGHT, Call
+from logitless.ops.engine import BIAS, INPUT, SCALE, WEIGHT, Call, Tensors
 
 __all__ = ["applies", "cross_entropy", "row_losses"]
 
 Tensor = torch.Tensor
 Optional = torch.Tensor | None
 
+_CPU: Any = _core  # the problem arrives as a tuple
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _CORE = ("rest", "target")
 _FIELDS = (("rest", 0, False), ("target", 1, False))
@@ -77,11 +78,12 @@ def cross_entropy(
         gradients=gradients,
         dtype=inputs.compute_dtype(input),
     )
-    ids = inputs.class_ids(target, geometry, shift).contiguous()
-    arguments = (input, weight, bias, scale, ids, call, _REDUCTIONS[reduction], z_loss_weight)
+    ids = inputs.class_ids(target, geometry, shift, ignore_index).contiguous()
+    tensors = Tensors(input, weight, bias, scale, ids=ids)
+    arguments = (call, _REDUCTIONS[reduction], z_loss_weight)
     if gradients:
-        return _CrossEntropy.apply(*arguments)  # type: ignore[no-any-return]
-    return _forward(*arguments)[0]
+        return _CrossEntropy.apply(*tensors, *arguments)  # type: ignore[no-any-return]
+    return _forward(tensors, *arguments)[0]
 
 
 def row_losses(rest: Tensor, target: Tensor, z_loss_weight: float) -> Tensor:
@@ -93,25 +95,18 @@ def row_losses(rest: Tensor, target: Tensor, z_loss_weight: float) -> Tensor:
 
 
 def _forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    scale: Optional,
-    ids: Tensor,
-    call: Call,
-    reduction: int,
-    z_loss_weight: float,
+    tensors: Tensors, call: Call, reduction: int, z_loss_weight: float
 ) -> tuple[Tensor, Tensor, Tensor, Optional]:
     """Return loss, rest, target and the store."""
     rows, dtype = call.rows, call.accumulation
     loss = torch.empty(() if reduction else call.rows_shape, dtype=dtype)
     rest = torch.empty((rows,), dtype=dtype)
     target = torch.empty((rows, 1), dtype=dtype)
-    problem = engine.Problem(call, input, weight, bias, scale, None, ids, None)
+    problem = engine.Problem(call, tensors)
     store = None
-    if size := engine.store_bytes(call, input, weight):
+    if size := engine.store_bytes(call, tensors.input.device, problem.head):
         store = torch.empty(size, dtype=torch.uint8)
-    _core.cross_entropy_forward(
+    _CPU.cross_entropy_forward(
         *problem.arguments(0, ())[1:8],
         reduction,
         z_loss_weight,
@@ -129,42 +124,32 @@ class _CrossEntropy(torch.autograd.Function):
     """Loss with gradients for input, weight, bias and scale."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional,
-        scale: Optional,
-        ids: Tensor,
-        call: Call,
-        reduction: int,
-        z_loss_weight: float,
-    ) -> Tensor:
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
         """Keep two values a row."""
-        loss, rest, target, store = _forward(
-            input, weight, bias, scale, ids, call, reduction, z_loss_weight
-        )
-        ctx.save_for_backward(input, weight, bias, scale, ids, rest, target, store)
-        ctx.options = (call, reduction, z_loss_weight)
+        tensors, options = Tensors(*arguments[:7]), arguments[7:]
+        loss, rest, target, store = _forward(tensors, *options)
+        ctx.save_for_backward(*tensors, rest, target, store)
+        ctx.options = options
         return loss
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional, ...]:
         """Recompute tiles; differentiate the unfused form if a graph is wanted."""
-        input, weight, bias, scale, ids, rest, target, store = ctx.saved_tensors
+        *saved, rest, target, store = ctx.saved_tensors
+        tensors = Tensors(*saved)
         call, reduction, z_loss_weight = ctx.options
         needs = ctx.needs_input_grad[:4]
+        nothing = (None,) * 6  # dense, ids, vectors and the options
         if torch.is_grad_enabled():
-            leaves = [t for t, n in zip((input, weight, bias, scale), needs, strict=True) if n]
-            loss = _unfused(call, reduction, z_loss_weight, input, weight, bias, scale, ids)
+            leaves = [t for t, n in zip(tensors, needs, strict=False) if n and t is not None]
+            loss = _unfused(tensors, call, reduction, z_loss_weight)
             slopes = iter(torch.autograd.grad(loss, leaves, gradient, create_graph=True))
-            results = [next(slopes) if need else None for need in needs]
-            return (*results, None, None, None, None)
+            return (*(next(slopes) if need else None for need in needs), *nothing)
         wanted = sum(b for b, need in zip((INPUT, WEIGHT, BIAS, SCALE), needs, strict=True) if need)
-        problem = engine.Problem(call, input, weight, bias, scale, None, ids, None)
-        slots = engine.Slots(call, wanted, input, weight, bias, scale, None)
+        problem = engine.Problem(call, tensors)
+        slots = engine.Slots(call, wanted, tensors)
         gradient = gradient.to(call.accumulation)
-        _core.cross_entropy_backward(
+        _CPU.cross_entropy_backward(
             *problem.arguments(0, ())[1:8],
             reduction,
             z_loss_weight,
@@ -176,22 +161,16 @@ class _CrossEntropy(torch.autograd.Function):
             problem.plan,
             torch.get_num_threads(),
         )
-        return (*slots.results()[:4], None, None, None, None)
+        return (*slots.results()[:4], *nothing)
 
 
-def _unfused(
-    call: Call,
-    reduction: int,
-    z_loss_weight: float,
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    scale: Optional,
-    ids: Tensor,
-) -> Tensor:
-    rest, target = autograd.statistics(call, input, weight, bias, scale, None, ids, None)
-    kept = ids != call.ignore_index
+def _unfused(tensors: Tensors, call: Call, reduction: int, z_loss_weight: float) -> Tensor:
+    rest, target = autograd.statistics(call, tensors)
+    assert tensors.ids is not None
+    assert call.ignore_index is not None
+    kept = tensors.ids.ne(call.ignore_index)
     losses = torch.where(kept, row_losses(rest, target.squeeze(-1), z_loss_weight), 0.0)
     if not reduction:
         return losses
-    return losses.sum() if reduction == 2 else losses.sum() / kept.sum()
+    total: Tensor = losses.sum()
+    return total if reduction == 2 else total / kept.sum()

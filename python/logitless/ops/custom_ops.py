@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from logitless import stats
+from logitless._arrays import torch_code
 from logitless._extras import torch
 from logitless.ops import engine
-from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call
+from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call, Tensors
 
 __all__ = ["needed", "statistics"]
 
@@ -40,20 +41,9 @@ def needed(*tensors: Optional) -> bool:
     return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
 
 
-def statistics(
-    call: Call,
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    scale: Optional,
-    dense: Optional,
-    ids: Optional,
-    vectors: Optional,
-) -> tuple[Tensor, ...]:
+def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """Compute the core's fields through the custom op."""
-    outputs = torch.ops.logitless.row_statistics(
-        input, weight, bias, scale, dense, ids, vectors, *_pack(call)
-    )
+    outputs = torch.ops.logitless.row_statistics(*tensors, *_pack(call))
     return tuple(outputs[: len(call.fields)])
 
 
@@ -117,7 +107,7 @@ def _forward_op(
     *packed: Any,
 ) -> list[Tensor]:
     call = _unpack(input, weight, ids, vectors, *packed)
-    fields, store = engine.forward(call, input, weight, bias, scale, dense, ids, vectors)
+    fields, store = engine.forward(call, Tensors(input, weight, bias, scale, dense, ids, vectors))
     return [*fields] if store is None else [*fields, store]
 
 
@@ -140,7 +130,10 @@ def _(
         )
         for _, columns, integer in call.fields
     ]
-    if size := engine.store_bytes(call, input, weight):
+    # No address here; the engine's plan for a head of this shape.
+    classes, features = weight.shape[0], weight.shape[-1]
+    head = (0, torch_code(call.dtype), (classes, features), (features, 1))
+    if size := engine.store_bytes(call, input.device, head):
         outputs.append(input.new_empty((size,), dtype=torch.uint8))
     return outputs
 
@@ -171,13 +164,7 @@ def _backward_op(
     gradients = engine.backward(
         call,
         wanted,
-        input,
-        weight,
-        bias,
-        scale,
-        dense,
-        ids,
-        vectors,
+        Tensors(input, weight, bias, scale, dense, ids, vectors),
         store,
         tuple(fields),
         tuple(cotangents),
@@ -237,7 +224,7 @@ def _backward(ctx: Any, cotangents: list[Optional]) -> tuple[Any, ...]:
     )
     results = [next(gradients) if need else None for need in wanted]
     # ids and vectors, then the packed call; torch takes an empty list for a list of tensors.
-    nothing = [[] if p == [] else None for p in ctx.packed]
+    nothing: list[Any] = [[] if p == [] else None for p in ctx.packed]
     return (*results, None, None, *nothing)
 
 

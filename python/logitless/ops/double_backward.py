@@ -8,11 +8,11 @@ logits, is differentiated twice by torch, and is gone. Third derivatives are ref
 from __future__ import annotations
 
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from logitless._extras import torch
 from logitless.ops import layout
-from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call
+from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call, Tensors
 
 __all__ = ["double_backward"]
 
@@ -24,6 +24,14 @@ _TENSORS = 24
 _CHUNK_BYTES = 256 * 2**20
 
 _BITS = (INPUT, WEIGHT, BIAS, SCALE, DENSE)  # the order in which gradients are listed
+
+
+class _Place(NamedTuple):
+    """Where a chunk lies: its rows, and the head."""
+
+    rows: slice
+    head: int  # of the head among those of a weight with extra dimensions
+    position: tuple[int, ...]  # the same as (i1, ..., iK)
 
 
 class _Leaves(NamedTuple):
@@ -38,13 +46,7 @@ class _Leaves(NamedTuple):
 
 def double_backward(
     call: Call,
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    scale: Optional,
-    dense: Optional,
-    ids: Optional,
-    vectors: Optional,
+    tensors: Tensors,
     fields: tuple[Tensor, ...],
     cotangents: tuple[Optional, ...],
     directions: tuple[Optional, ...],
@@ -58,7 +60,6 @@ def double_backward(
     """
     positions = list(product(*map(range, call.positions)))
     count, rows, dtype = len(positions), call.rows, call.accumulation
-    names = [name for name, _, _ in call.fields]
     columns = [c for _, c, _ in call.fields]
 
     def as_rows(tensor: Optional) -> Optional:
@@ -73,100 +74,45 @@ def double_backward(
             return None
         return layout.dense_rows(tensor, rows, call.positions, call.shift)
 
-    sources = (as_rows(input), weight, bias, scale, as_dense(dense))
-    ways = (as_rows(directions[0]), *directions[1:4], as_dense(directions[4]))
-    sums: list[Optional] = [
-        None if t is None else torch.zeros(t.shape, dtype=dtype, device=t.device) for t in sources
-    ]
-
     def as_positions(tensor: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         tensor = layout.to_positions(tensor, count, columns, dtype)
         return tensor.view(count, rows, max(columns, 1))
 
+    input, weight, bias, scale, dense, ids, vectors = tensors
+    sources = (as_rows(input), weight, bias, scale, as_dense(dense))
+    ways = (as_rows(directions[0]), *directions[1:4], as_dense(directions[4]))
+    sums = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in sources]
     saved = [as_positions(f, c, f.dtype) for f, c in zip(fields, columns, strict=True)]
     given = [
         None if g is None else as_positions(g, c, dtype)
         for g, c in zip(cotangents, columns, strict=True)
     ]
-    ids = None if ids is None else as_positions(ids, call.targets, torch.int64)
     results = [None if g is None else torch.zeros_like(g) for g in given]
+    ids = None if ids is None else as_positions(ids, call.targets, torch.int64)
     step = max(1, _CHUNK_BYTES // (_TENSORS * weight.shape[0] * dtype.itemsize))
-    for index, position in enumerate(positions):
-        for start in range(0, rows, step):
-            chunk = slice(start, min(start + step, rows))
-
-            def cut(tensor: Optional, bit: int) -> Optional:
-                if tensor is None:
-                    return None
-                if bit == INPUT:
-                    part = tensor[chunk]  # noqa: B023 (used before the loop moves on)
-                elif bit == DENSE:
-                    part = tensor[chunk, :, index]  # noqa: B023
-                else:
-                    part = tensor[(slice(None), *position)] if bit != SCALE else tensor  # noqa: B023
-                return part
-
-            leaves = _Leaves(
-                *(
-                    None
-                    if (part := cut(t, bit)) is None
-                    # Rounded as the engine reads it, then widened.
-                    else part.detach()
-                    .to(dtype if bit in (SCALE, DENSE) else call.dtype)
-                    .to(dtype)
-                    .requires_grad_()
-                    for t, bit in zip(sources, _BITS, strict=True)
-                )
-            )
-            along = [
-                None if (part := cut(t, bit)) is None else part.detach().to(dtype)
-                for t, bit in zip(ways, _BITS, strict=True)
-            ]
-            g_chunk = [
-                None if g is None else g[index, chunk].detach().requires_grad_() for g in given
-            ]
-            with torch.enable_grad():
-                values = _statistics(
-                    call,
-                    leaves,
-                    None if ids is None else ids[index, chunk],
-                    vectors,
-                    {n: f[index, chunk] for n, f in zip(names, saved, strict=True)},
-                )
-                first = [
-                    (g * values[name]).sum()
-                    for name, g in zip(names, g_chunk, strict=True)
-                    if g is not None and name in values
-                ]
-                wrt = [t for t in leaves if t is not None]
-                slopes = torch.autograd.grad(
-                    sum(first[1:], first[0]), wrt, create_graph=True, allow_unused=True
-                )
-                ways_of = [u for u, t in zip(along, leaves, strict=True) if t is not None]
-                second = [
-                    (u * slope).sum()
-                    for u, slope in zip(ways_of, slopes, strict=True)
-                    if u is not None and slope is not None and slope.requires_grad
-                ]
-                if not second:
-                    continue
-                targets = [*wrt, *(g for g in g_chunk if g is not None)]
-                outcome = iter(
-                    torch.autograd.grad(sum(second[1:], second[0]), targets, allow_unused=True)
-                )
-            for total, leaf, bit in zip(sums, leaves, _BITS, strict=True):
-                if leaf is not None and (value := next(outcome)) is not None:
-                    part = cut(total, bit)
-                    assert part is not None
-                    part.add_(value)
-            for result, g in zip(results, g_chunk, strict=True):
-                if g is not None and result is not None and (value := next(outcome)) is not None:
-                    result[index, chunk] = value
-    originals = (input, weight, bias, scale, dense)
+    for (index, position), start in product(enumerate(positions), range(0, rows, step)):
+        place = _Place(slice(start, min(start + step, rows)), index, position)
+        parts = [None if g is None else g[index, place.rows] for g in given]
+        d_leaves, d_parts = _chunk(
+            call,
+            [_cut(t, bit, place) for t, bit in zip(sources, _BITS, strict=True)],
+            [_cut(t, bit, place) for t, bit in zip(ways, _BITS, strict=True)],
+            None if ids is None else ids[index, place.rows],
+            vectors,
+            [f[index, place.rows] for f in saved],
+            parts,
+        )
+        for total, value, bit in zip(sums, d_leaves, _BITS, strict=True):
+            into = _cut(total, bit, place)
+            if into is not None and value is not None:
+                into.add_(value)
+        for result, value in zip(results, d_parts, strict=True):
+            if result is not None and value is not None:
+                result[index, place.rows] = value
     return (
         tuple(
             None if total is None or t is None else _finish(call, total, t, bit)
-            for total, t, bit in zip(sums, originals, _BITS, strict=True)
+            for total, t, bit in zip(sums, tensors[:5], _BITS, strict=True)
         ),
         tuple(
             None if r is None else layout.to_rows(r, call.rows_shape, count, c)
@@ -175,9 +121,74 @@ def double_backward(
     )
 
 
+def _cut(tensor: Optional, bit: int, place: _Place) -> Optional:
+    """Return the view of a chunk and head into an input, by its bit."""
+    if tensor is None or bit == SCALE:
+        return tensor
+    if bit == INPUT:
+        return tensor[place.rows]
+    if bit == DENSE:
+        return tensor[place.rows, :, place.head]
+    for axis in place.position:
+        tensor = tensor.select(1, axis)
+    return tensor
+
+
+def _chunk(
+    call: Call,
+    sources: list[Optional],
+    ways: list[Optional],
+    ids: Optional,
+    vectors: Optional,
+    saved: list[Tensor],
+    cotangents: list[Optional],
+) -> tuple[list[Optional], list[Optional]]:
+    """Differentiate <ways, ∇<cotangents, statistics>> for one chunk and head."""
+    dtype = call.accumulation
+    names = [name for name, _, _ in call.fields]
+    # Rounded as the engine reads them, then widened.
+    leaves: list[Any] = [
+        None
+        if t is None
+        else t.detach().to(dtype if bit in (SCALE, DENSE) else call.dtype).to(dtype)
+        for t, bit in zip(sources, _BITS, strict=True)
+    ]
+    leaves = [None if t is None else t.requires_grad_() for t in leaves]
+    given = [None if g is None else g.detach().requires_grad_() for g in cotangents]
+    wrt = [t for t in (*leaves, *given) if t is not None]
+    with torch.enable_grad():
+        values = _statistics(
+            call, _Leaves(*leaves), ids, vectors, dict(zip(names, saved, strict=True))
+        )
+        first = [
+            (g * values[name]).sum()
+            for name, g in zip(names, given, strict=True)
+            if g is not None and name in values
+        ]
+        slopes = torch.autograd.grad(
+            sum(first[1:], first[0]),
+            [t for t in leaves if t is not None],
+            create_graph=True,
+            allow_unused=True,
+        )
+        along = [way for way, t in zip(ways, leaves, strict=True) if t is not None]
+        second = [
+            (way.detach().to(dtype) * slope).sum()
+            for way, slope in zip(along, slopes, strict=True)
+            if way is not None and slope is not None and slope.requires_grad
+        ]
+        if not second:
+            return [None] * len(leaves), [None] * len(given)
+        outcome = iter(torch.autograd.grad(sum(second[1:], second[0]), wrt, allow_unused=True))
+    return (
+        [None if t is None else next(outcome) for t in leaves],
+        [None if g is None else next(outcome) for g in given],
+    )
+
+
 def _finish(call: Call, total: Tensor, like: Tensor, bit: int) -> Tensor:
     if bit == DENSE:
-        return layout.scatter_dense(total, like, call.positions, call.shift)
+        return layout.scatter_dense(total.movedim(-1, 0), like, call.positions, call.shift)
     if bit == INPUT and call.shift:
         result = torch.zeros_like(like, memory_format=torch.contiguous_format)
         kept = result.narrow(-2, 0, like.shape[-2] - call.shift)

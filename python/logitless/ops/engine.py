@@ -8,14 +8,14 @@ engine call for each of its positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import prod
+from typing import Any, NamedTuple
 
-from logitless import _core, stats
+from logitless import stats
 from logitless._arrays import Handle, torch_code, torch_handle
-from logitless._check import ArgumentError
 from logitless._extras import torch
+from logitless.ops import device as device_calls
 from logitless.ops import layout
 
 __all__ = [
@@ -27,8 +27,8 @@ __all__ = [
     "Call",
     "Problem",
     "Slots",
+    "Tensors",
     "backward",
-    "check_device",
     "forward",
     "store_bytes",
 ]
@@ -71,42 +71,33 @@ class Call:
         return prod(self.rows_shape[: len(self.rows_shape) - len(self.positions)])
 
 
-def check_device(device: torch.device) -> None:
-    """Refuse a device without an engine."""
-    if device.type in ("cpu", "meta"):
-        return
-    if device.type == "cuda" and hasattr(_core, "cuda_forward"):
-        return
-    raise ArgumentError(
-        f"input.device = {device}: expected a device with an engine (cpu); "
-        "move input, linear_weight and target with .cpu(), or see `logitless info`"
-    )
+class Tensors(NamedTuple):
+    """The tensors of a call."""
+
+    input: Tensor  # (..., D)
+    weight: Tensor  # (V, [d1, ..., dK,] D)
+    bias: Optional = None  # (V, [d1, ..., dK])
+    scale: Optional = None  # 0-d; None: call.logit_scale
+    dense: Optional = None  # (..., V, [d1, ..., dK])
+    ids: Optional = None  # int64, of the rows' shape (and K)
+    vectors: Optional = None  # (C, V) in the accumulation dtype, contiguous
 
 
-def store_bytes(call: Call, input: Tensor, weight: Tensor) -> int:
+def store_bytes(call: Call, device: torch.device, weight: Handle) -> int:
     """Bytes that the forward keeps for the backward: 0 in lean mode and without gradients."""
     if not call.gradients or call.memory == -1 or call.positions or call.rows == 0:
         return 0
-    contiguous = input.stride(-1) == 1 and weight.stride(-1) == 1
-    return _plan(call, weight.shape[0], weight.shape[-1], contiguous).store_bytes
+    size: int = _plan(call, device, weight).store_bytes
+    return size
 
 
-def forward(
-    call: Call,
-    input: Tensor,  # (..., D)
-    weight: Tensor,  # (V, [d1, ..., dK,] D)
-    bias: Optional,  # (V, [d1, ..., dK])
-    scale: Optional,  # 0-d; None: call.logit_scale
-    dense: Optional,  # (..., V, [d1, ..., dK])
-    ids: Optional,  # int64, of the rows' shape (and K)
-    vectors: Optional,  # (C, V) in the accumulation dtype, contiguous
-) -> tuple[tuple[Tensor, ...], Optional]:
+def forward(call: Call, tensors: Tensors) -> tuple[tuple[Tensor, ...], Optional]:
     """Compute the statistics of a call.
 
     Returns the core's fields in order, and the store: what `memory` lets the forward keep for the
     backward, or None.
     """
-    rows, device = call.rows, input.device
+    rows, device = call.rows, tensors.input.device
     positions = list(product(*map(range, call.positions)))
     count, accumulation = len(positions), call.accumulation
     outputs = [
@@ -119,20 +110,20 @@ def forward(
     ]
     store = None
     if rows:
-        problem = Problem(call, input, weight, bias, scale, dense, ids, vectors)
-        if size := store_bytes(call, input, weight):
+        problem = Problem(call, tensors)
+        if size := store_bytes(call, device, problem.head):
             store = torch.empty(size, dtype=torch.uint8, device=device)
         store_handle = None if store is None else torch_handle(store)
         for index, position in enumerate(positions):
-            _core.forward(
+            device_calls.forward(
+                device,
+                problem.plan,
                 *problem.arguments(index, position),
                 tuple(
                     layout.field_handle(output, index, rows, columns)
                     for output, (_, columns, _) in zip(outputs, call.fields, strict=True)
                 ),
                 store_handle,
-                problem.plan,
-                torch.get_num_threads(),
             )
     return tuple(
         layout.to_rows(output, call.rows_shape, count, columns)
@@ -143,13 +134,7 @@ def forward(
 def backward(
     call: Call,
     wanted: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Optional,
-    scale: Optional,
-    dense: Optional,
-    ids: Optional,
-    vectors: Optional,
+    tensors: Tensors,
     store: Optional,
     fields: tuple[Tensor, ...],
     cotangents: tuple[Optional, ...],
@@ -162,10 +147,10 @@ def backward(
     rows, accumulation = call.rows, call.accumulation
     positions = list(product(*map(range, call.positions)))
     count = len(positions)
-    slots = Slots(call, wanted, input, weight, bias, scale, dense)
+    slots = Slots(call, wanted, tensors)
     if not rows:
         return slots.zero().results()
-    problem = Problem(call, input, weight, bias, scale, dense, ids, vectors)
+    problem = Problem(call, tensors)
     columns = [c for _, c, _ in call.fields]
     saved = [
         layout.to_positions(field, count, c, field.dtype)
@@ -176,7 +161,9 @@ def backward(
         for g, c in zip(cotangents, columns, strict=True)
     ]
     for index, position in enumerate(positions):
-        _core.backward(
+        device_calls.backward(
+            tensors.input.device,
+            problem.plan,
             *problem.arguments(index, position),
             tuple(
                 layout.field_handle(field, index, rows, c)
@@ -189,8 +176,6 @@ def backward(
             None if store is None else torch_handle(store),
             *slots.handles(index, position),
             index > 0,
-            problem.plan,
-            torch.get_num_threads(),
         )
     return slots.results()
 
@@ -198,18 +183,10 @@ def backward(
 class Slots:
     """The gradients that a backward fills: allocated, handed out as handles, finished."""
 
-    def __init__(
-        self,
-        call: Call,
-        wanted: int,
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional,
-        scale: Optional,
-        dense: Optional,
-    ) -> None:
+    def __init__(self, call: Call, wanted: int, tensors: Tensors) -> None:
         self.call = call
-        self.likes = (input, weight, bias, scale, dense)
+        self.likes = tensors
+        input, weight, bias, scale, dense = tensors[:5]
         count, device = prod(call.positions), input.device
         self.input = self.weight = self.bias = self.scale = self.dense = self.rows = None
         if wanted & INPUT:
@@ -226,7 +203,7 @@ class Slots:
         if wanted & SCALE and scale is not None:
             self.scale = torch.empty((count, 1), dtype=call.accumulation, device=device)
         if wanted & DENSE and dense is not None:
-            shape = (call.rows, weight.shape[0], count)
+            shape = (count, call.rows, weight.shape[0])
             self.dense = torch.empty(shape, dtype=call.accumulation, device=device)
 
     def _dtype(self, like: Tensor) -> torch.dtype:
@@ -241,7 +218,7 @@ class Slots:
             None if self.weight is None else layout.class_handle(self.weight, position),
             None if self.bias is None else layout.class_handle(self.bias, position),
             None if self.scale is None else torch_handle(self.scale[index]),
-            None if self.dense is None else torch_handle(self.dense[..., index]),
+            None if self.dense is None else torch_handle(self.dense[index]),
         )
 
     def zero(self) -> Slots:
@@ -253,7 +230,7 @@ class Slots:
 
     def results(self) -> tuple[Optional, Optional, Optional, Optional, Optional]:
         """Return the gradients in the dtype of their tensors."""
-        input, weight, bias, scale, dense = self.likes
+        input, weight, bias, scale, dense = self.likes[:5]
         d_scale, d_dense = self.scale, self.dense
         if d_scale is not None and scale is not None:
             d_scale = d_scale.sum().to(dtype=scale.dtype, device=scale.device)
@@ -272,17 +249,8 @@ class Slots:
 class Problem:
     """The inputs of a call as the engine takes them; keeps alive what its handles point into."""
 
-    def __init__(
-        self,
-        call: Call,
-        input: Tensor,
-        weight: Tensor,
-        bias: Optional,
-        scale: Optional,
-        dense: Optional,
-        ids: Optional,
-        vectors: Optional,
-    ) -> None:
+    def __init__(self, call: Call, tensors: Tensors) -> None:
+        input, weight, bias, scale, dense, ids, vectors = tensors
         self.call = call
         self.rows = call.rows
         self.spec = stats.core_spec(call.core, call.powers, call.vectors, call.topk, call.targets)
@@ -301,10 +269,10 @@ class Problem:
             else layout.dense_rows(dense, self.rows, call.positions, call.shift)
         )
         self.vectors = None if vectors is None else torch_handle(vectors)
-        contiguous = self.input_rows[3][2] == 1 and self.weight.stride(-1) == 1
-        self.plan = _plan(call, weight.shape[0], weight.shape[-1], contiguous)
+        self.head = layout.class_handle(self.weight, (0,) * len(call.positions))
+        self.plan = _plan(call, input.device, self.head)
 
-    def arguments(self, index: int, position: tuple[int, ...]) -> tuple[object, ...]:
+    def arguments(self, index: int, position: tuple[int, ...]) -> tuple[Any, ...]:
         """The leading arguments that the core's forward and backward share."""
         call = self.call
         return (
@@ -323,20 +291,16 @@ class Problem:
         )
 
 
-def _plan(call: Call, classes: int, features: int, contiguous: bool) -> _core.Plan:  # noqa: FBT001
-    return _cached_plan(
+def _plan(call: Call, device: torch.device, weight: Handle) -> Any:
+    return device_calls.plan(
+        device,
+        weight,
         stats.core_spec(call.core, call.powers, call.vectors, call.topk, call.targets),
         call.rows,
-        features,
-        classes,
+        weight[2][1],
+        weight[2][0],
         torch_code(call.dtype),
         # The store belongs to one head: a head with extra dimensions recomputes.
         -1 if call.positions else call.memory,
         call.gradients,
-        contiguous,
     )
-
-
-@lru_cache(maxsize=256)
-def _cached_plan(*arguments: object) -> _core.Plan:
-    return _core.plan(*arguments)  # type: ignore[arg-type]

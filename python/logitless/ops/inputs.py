@@ -6,10 +6,12 @@ of `logitless._check`; this page knows torch's dtypes, devices, layouts and subc
 
 from __future__ import annotations
 
+import os
+
 from logitless import _check
 from logitless._check import Geometry, argument_error, type_error
 from logitless._extras import torch
-from logitless.ops import engine
+from logitless.ops import device as device_calls
 
 __all__ = ["class_ids", "compute_dtype", "inspect", "logit_scale", "per_row", "per_row_shape"]
 
@@ -42,7 +44,7 @@ def inspect(
         )
     _check_same_dtype("linear_weight", linear_weight, input)
     _check_same_device("linear_weight", linear_weight, device)
-    engine.check_device(device)
+    device_calls.check(device)
     if linear_bias is not None:
         _check_tensor("linear_bias", linear_bias)
         _check_same_dtype("linear_bias", linear_bias, input)
@@ -76,12 +78,30 @@ def inspect(
     )
 
 
-def class_ids(target: Tensor, geometry: Geometry, shift: int) -> Tensor:
-    """Return the ids that the rows predict: int64, of the rows' shape (and K)."""
+def class_ids(target: Tensor, geometry: Geometry, shift: int, ignore_index: int) -> Tensor:
+    """Return the ids that the rows predict: int64, of the rows' shape (and K).
+
+    The CPU engine checks their range. On CUDA that would wait for the device: an id out of range
+    makes its row nan there, and LOGITLESS_CHECK=1 in the environment raises.
+    """
     if shift:
         axis = len(geometry.lead) - 1
         target = target.narrow(axis, shift, target.shape[axis] - shift)
-    return target.to(torch.int64)
+    ids = target.to(torch.int64)
+    if ids.is_cuda and os.environ.get("LOGITLESS_CHECK") == "1":
+        _check_range(ids, geometry.classes, ignore_index)
+    return ids
+
+
+def _check_range(ids: Tensor, classes: int, ignore_index: int) -> None:
+    """Do on CUDA what the CPU engine does for itself; waits for the device."""
+    wrong = ((ids < 0) | (ids >= classes)) & (ids != ignore_index)
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise IndexError(
+            f"target[{', '.join(map(str, place))}] = {ids[place].item()}: expected 0 <= id < "
+            f"{classes}, or ignore_index = {ignore_index}"
+        )
 
 
 def per_row_shape(geometry: Geometry) -> tuple[int, ...]:

@@ -115,7 +115,8 @@ def dense_rows(
 def scatter_dense(
     gradient: torch.Tensor, like: torch.Tensor, positions: tuple[int, ...], shift: int
 ) -> torch.Tensor:
-    """Undo `dense_rows` for a gradient (N, V, P): `like`'s shape and dtype, zero where shifted."""
+    """Turn a gradient (P, N, V) into `like`'s shape and dtype, zero where shifted."""
+    gradient = gradient.movedim(0, -1)
     if not shift:
         return gradient.reshape(like.shape).to(like.dtype)
     axis = like.dim() - len(positions) - 2

@@ -8,7 +8,7 @@ from logitless import _check, stats
 from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.ops import autograd, inputs
-from logitless.ops.engine import Call
+from logitless.ops.engine import Call, Tensors
 from logitless.ops.statistics import RowStatistics
 
 __all__ = ["RowStatistics", "compute", "row_statistics"]
@@ -132,13 +132,18 @@ def compute(
             f"{input.device} or cpu",
             "move it to input's device",
         )
+    if scale is not None and scale.is_cuda:
+        # Reading it would wait for the device: it scales the input instead, in its own precision.
+        wide = torch.promote_types(input.dtype, torch.float32)
+        input = (input.to(wide) * scale.to(wide)).to(input.dtype)
+        scale = None
     dtype = inputs.compute_dtype(input)
     dense = _dense(request, geometry, input)
     ids = None
     if target is not None and geometry.targets:
-        ids = inputs.class_ids(target, geometry, shift)
         if ignore_index is None:
             ignore_index = inputs.IGNORE_INDEX
+        ids = inputs.class_ids(target, geometry, shift, ignore_index)
         if target_weight is not None and shift:
             target_weight = target_weight.narrow(
                 len(geometry.lead) - 1, shift, geometry.lead[-1] - shift
@@ -170,9 +175,8 @@ def compute(
         dtype=dtype,
     )
     vectors = _vectors(request, geometry, call, input)
-    fields = autograd.statistics(
-        call, input, linear_weight, linear_bias, scale, dense, ids, vectors
-    )
+    tensors = Tensors(input, linear_weight, linear_bias, scale, dense, ids, vectors)
+    fields = autograd.statistics(call, tensors)
     names = [name for name, _, _ in call.fields]
     return RowStatistics(
         dict(zip(names, fields, strict=True)),

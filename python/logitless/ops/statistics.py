@@ -293,11 +293,11 @@ class RowStatistics:
         return next(v.dtype for v in self._values.values() if v.is_floating_point())
 
     def _kept(self) -> Tensor:
-        if self._ids is None:
+        if self._ids is None or self._ignore_index is None:
             name, value = next(iter(self._values.items()))
             value = value[..., 0] if name in _COLUMNED else value
             return torch.ones_like(value, dtype=torch.bool)
-        real = self._ids != self._ignore_index
+        real = self._ids.ne(self._ignore_index)
         return real.any(dim=-1) if self._several else real
 
     def _real(self) -> Tensor:
