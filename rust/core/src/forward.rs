@@ -15,8 +15,9 @@ use crate::call::Problem;
 use crate::element::Real;
 use crate::error::Result;
 use crate::kernel::{Isa, Kernel, LANES, Product, Vectorize};
+use crate::layout::{Forward, Sizes, Tiling};
 use crate::operands::{ClassVector, DensePanel, Ids, Input, Matrix, Vectors};
-use crate::plan::{Forward, Plan, Tiling};
+use crate::plan::Plan;
 use crate::pool::{self, Stage};
 use crate::rows::{Key, Rows, list_targets, within};
 use crate::scratch::{Scratch, Shared};
@@ -141,24 +142,20 @@ pub(crate) unsafe fn products<K: Kernel>(
 /// The left operand for some classes: in place where the kernel can, else packed into `space`.
 ///
 /// # Safety
-/// `space` is writable for `classes` rows of `row` operands.
+/// If the kernel cannot, `space` is writable for `classes` rows.
 pub(crate) unsafe fn left<K: Kernel>(
     kernel: K,
     operands: &Operands<K>,
     first: usize,
     classes: usize,
-    space: *mut K::Operand,
-    row: usize,
+    space: Left<K::Operand>,
 ) -> Left<K::Operand> {
-    let block = operands.weight.block(first, classes, 0, operands.input.features);
-    match in_place::<K>(operands, first, classes) {
-        Some(left) => left,
-        None => {
-            // SAFETY: the block lies inside the weight; the caller's promise for `space`.
-            unsafe { kernel.pack_rows(&block, space, row) };
-            Left { start: space, row }
-        }
-    }
+    in_place::<K>(operands, first, classes).unwrap_or_else(|| {
+        let block = operands.weight.block(first, classes, 0, operands.input.features);
+        // SAFETY: the block lies inside the weight; the caller's promise for `space`.
+        unsafe { kernel.pack_rows(&block, space.start.cast_mut(), space.row) };
+        space
+    })
 }
 
 /// The left operand in place, where the kernel can read it so.
@@ -177,9 +174,11 @@ pub(crate) fn in_place<K: Kernel>(
 /// Runs a forward.
 pub(crate) fn run<K: Kernel>(kernel: K, arguments: &Arguments<'_>) -> Result<()> {
     let Arguments { spec, problem, outputs, store, plan, threads } = arguments;
-    let layout = &plan.forward;
     let operands = Operands::<K>::new(problem, store.as_ref());
-    let scratch = Scratch::new(plan.forward_bytes + threads * plan.threads_bytes)?;
+    let readable = in_place::<K>(&operands, 0, plan.sizes.tiling.block).is_some();
+    let sizes = Sizes { in_place: plan.sizes.in_place && readable, ..plan.sizes };
+    let layout = &Forward::new(&sizes, *threads);
+    let scratch = Scratch::new(layout.shared_bytes + threads * layout.each_bytes)?;
     // SAFETY: the region has room for every row; only this thread uses it now.
     let list = unsafe { Shared::new(scratch.at(layout.list, 0)).slice_mut(0, plan.rows) };
     let rows = Rows::new(plan.rows, list, |row| operands.is_kept(row));
@@ -188,6 +187,7 @@ pub(crate) fn run<K: Kernel>(kernel: K, arguments: &Arguments<'_>) -> Result<()>
         spec,
         outputs,
         layout,
+        tiling: &sizes.tiling,
         rows,
         keys: Shared::new(scratch.at(layout.keys, 0)),
         key_counts: Shared::new(scratch.at(layout.key_counts, 0)),
@@ -198,9 +198,8 @@ pub(crate) fn run<K: Kernel>(kernel: K, arguments: &Arguments<'_>) -> Result<()>
     };
     forward.skip_rows();
     let stages = forward.stages();
-    let threads_start = |thread: usize| plan.forward_bytes + thread * plan.threads_bytes;
     pool::run(*threads, &stages, |thread| {
-        let offset = threads_start(thread);
+        let offset = layout.shared_bytes + thread * layout.each_bytes;
         let space = Space {
             tile: scratch.at(layout.tile, offset),
             exps: scratch.at(layout.exps, offset),
@@ -252,6 +251,7 @@ struct Pass<'a, K: Kernel> {
     spec: &'a Spec,
     outputs: &'a [Tensor],
     layout: &'a Forward,
+    tiling: &'a Tiling,
     operands: Operands<K>,
     rows: Rows<'a>,
     keys: Shared<Key>,
@@ -269,7 +269,7 @@ impl<K: Kernel> Pass<'_, K> {
     }
 
     fn chunks(&self) -> usize {
-        self.layout.tiling.blocks.div_ceil(self.layout.chunk)
+        self.tiling.blocks.div_ceil(self.layout.chunk)
     }
 
     /// Pack, stream, finish; group after group.
@@ -321,7 +321,7 @@ impl<K: Kernel> Pass<'_, K> {
     fn pack(&self, group: usize, panel: usize) {
         let rows = || self.rows.panel(group * self.layout.group + panel);
         let gather = self.operands.input.gather(rows(), 0, self.operands.input.features);
-        let start = self.panels.at(panel * self.layout.tiling.depth * LANES);
+        let start = self.panels.at(panel * self.tiling.depth * LANES);
         // SAFETY: this task owns the panel's part of each region.
         unsafe {
             self.kernel.pack_panel(&gather, start);
@@ -342,7 +342,7 @@ impl<K: Kernel> Pass<'_, K> {
     /// Streams the tiles of a class chunk past some panels.
     fn stream(&self, group: usize, task: usize, space: &Space<K>) {
         let layout = self.layout;
-        let tiling = &layout.tiling;
+        let tiling = self.tiling;
         let spans = self.group(group).div_ceil(layout.span);
         let (chunk, span) = (task / spans, task % spans);
         let panels = span * layout.span..((span + 1) * layout.span).min(self.group(group));
@@ -361,9 +361,9 @@ impl<K: Kernel> Pass<'_, K> {
             // SAFETY: the thread's own space, sized for a block.
             let (weight, bias) = unsafe {
                 let bias = std::slice::from_raw_parts_mut(space.bias, classes);
-                let row = tiling.weight_row;
+                let packed = Left { start: space.weight, row: tiling.weight_row };
                 (
-                    left(self.kernel, &self.operands, first, classes, space.weight, row),
+                    left(self.kernel, &self.operands, first, classes, packed),
                     self.operands.bias(first, bias),
                 )
             };
@@ -387,10 +387,11 @@ impl<K: Kernel> Pass<'_, K> {
     /// The states of a chunk and panel.
     #[allow(clippy::mut_from_ref)]
     fn state(&self, chunk: usize, panel: usize) -> &mut [Lane] {
-        let first = (chunk * self.layout.group + panel) * self.layout.lanes;
+        let lanes: usize = self.spec.statistics.iter().map(Statistic::lanes).sum();
+        let first = (chunk * self.layout.group + panel) * lanes;
         // SAFETY: one task at a time works on a state: the one that streams it, then the one that
         // merges its panel.
-        unsafe { self.states.slice_mut(first, self.layout.lanes) }
+        unsafe { self.states.slice_mut(first, lanes) }
     }
 
     /// Folds the tile in `space` into the states of its chunk and panel.

@@ -4,7 +4,7 @@
 //! at a time, and turn a tile of logits into a tile of dx in place.
 
 use crate::element::Real;
-use crate::kernel::{LANES, Vectorize};
+use crate::kernel::LANES;
 use crate::operands::{DensePanel, Vectors};
 use crate::rows::Key;
 use crate::spec::Spec;
@@ -312,11 +312,10 @@ impl<A: Real> GradientTile<'_, A> {
     }
 }
 
-impl<A: Real> Vectorize for GradientTile<'_, A> {
-    type Output = ();
-
+impl<A: Real> GradientTile<'_, A> {
+    /// Does it.
     #[inline(always)]
-    fn run<const FMA: bool>(mut self) {
+    pub(crate) fn run<const FMA: bool>(&mut self) {
         if let Some(d_dense) = self.d_dense {
             let factor = &self.coefficients.lanes[lane::DENSE];
             for (offset, z) in self.tile.iter().enumerate() {

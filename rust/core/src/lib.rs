@@ -22,7 +22,7 @@
 //! - **live** a row that is neither ignored nor without any cotangent.
 //!
 //! # Map
-//! [`Spec`] names statistics (`stats/`, a file each); [`plan`] sizes a call; `call` checks it and
+//! [`Spec`] names statistics (`stats/`, a file each); [`plan`] sizes a call, `layout` cuts it up; `call` checks it and
 //! dispatches by element type and level (`level`, `kernel/`); `forward` and `backward` are the
 //! engines, on the threads of `pool` and the memory of `scratch`.
 //!
@@ -40,6 +40,7 @@ mod error;
 mod forward;
 mod gradient;
 mod kernel;
+mod layout;
 mod level;
 mod logsumexp;
 mod operands;

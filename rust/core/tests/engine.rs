@@ -49,7 +49,10 @@ fn shapes_down_to_one() {
 #[test]
 fn several_row_groups_and_super_blocks() {
     Case::plain(6, DType::F32, [2100, 5, 1200]).check();
-    Case::new(7, DType::Bf16, [2100, 4, 300]).check();
+    Case::new(7, DType::F64, [1100, 3, 600]).check();
+    Case::new(7, DType::Bf16, [2100, 4, 600]).check();
+    // So many features that strips are packed block by block.
+    Case::plain(7, DType::Bf16, [1100, 1024, 270]).check();
 }
 
 #[test]
@@ -76,14 +79,16 @@ fn any_strides() {
 #[test]
 fn bits_do_not_depend_on_threads() {
     for dtype in [DType::F32, DType::Bf16] {
-        let answer = |threads| {
-            let mut case = Case::new(10, dtype, [300, 64, 2000]);
+        let answer = |threads, sizes| {
+            let mut case = Case::new(10, dtype, sizes);
             case.threads = threads;
             case.run().unwrap().bits
         };
-        let one = answer(1);
-        for threads in [2, 3, 5] {
-            assert_eq!(one, answer(threads), "{dtype:?} with {threads} threads");
+        for sizes in [[300, 64, 2000], [1500, 8, 900]] {
+            let one = answer(1, sizes);
+            for threads in [2, 3, 5] {
+                assert_eq!(one, answer(threads, sizes), "{dtype:?} {sizes:?} {threads} threads");
+            }
         }
     }
 }

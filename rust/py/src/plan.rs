@@ -20,6 +20,7 @@ struct Question {
     dtype: u8,
     memory: i64,
     gradients: u32,
+    contiguous: bool,
 }
 
 /// Bytes and tile sizes of one forward and backward.
@@ -46,10 +47,8 @@ pub fn plan(
     gradients: u32,
     contiguous: bool,
 ) -> PyResult<Plan> {
-    // The CPU engine packs what is not contiguous with scratch that it has anyway.
-    let _ = contiguous;
     let spec = spec.get().clone();
-    let question = Question { rows, features, classes, dtype, memory, gradients };
+    let question = Question { rows, features, classes, dtype, memory, gradients, contiguous };
     question.answer(&spec).map(|plan| Plan { spec, question, plan })
 }
 
@@ -72,6 +71,7 @@ impl Question {
             dtype(self.dtype)?,
             memory,
             self.gradients,
+            self.contiguous,
         )
         .map_err(to_python)
     }
@@ -121,8 +121,16 @@ impl Plan {
 
     fn __reduce__<'py>(&self, py: Python<'py>) -> PyResult<(Bound<'py, PyAny>, PlanArguments)> {
         let q = self.question;
-        let arguments =
-            (self.spec.clone(), q.rows, q.features, q.classes, q.dtype, q.memory, q.gradients);
+        let arguments = (
+            self.spec.clone(),
+            q.rows,
+            q.features,
+            q.classes,
+            q.dtype,
+            q.memory,
+            q.gradients,
+            q.contiguous,
+        );
         Ok((py.import("logitless._core")?.getattr("plan")?, arguments))
     }
 
@@ -137,4 +145,4 @@ impl Plan {
 }
 
 /// The arguments of `plan`.
-type PlanArguments = (Spec, usize, usize, usize, u8, i64, u32);
+type PlanArguments = (Spec, usize, usize, usize, u8, i64, u32, bool);
