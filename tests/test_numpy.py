@@ -286,6 +286,40 @@ def test_extreme_margins_stay_finite(margin: float, dtype: str) -> None:
     assert all(np.isfinite(gradient).all() for gradient in found[1:3])
 
 
+@pytest.mark.parametrize("margin", [20.0, 60.0, 85.0])
+def test_a_one_hot_distribution_keeps_the_digits_of_a_class_id(margin: float) -> None:
+    input = np.array([[1.0]], np.float32)
+    weight = np.array([[0.0], [margin], [0.0]], np.float32)
+    one_hot = np.array([[0.0, 1.0, 0.0]], np.float32)
+    found = ln.linear_cross_entropy(input, weight, one_hot)
+    np.testing.assert_allclose(found.loss, 2 * np.exp(-margin), rtol=2e-6)
+
+
+def test_probability_on_a_masked_class_is_an_infinite_loss() -> None:
+    case = testing.make_case(2, 3, 5)
+    bias = np.array([0.0, -np.inf, 0.0, 0.0, 0.0], np.float32)
+    q = np.array([[0.1, 0.8, 0.1, 0.0, 0.0], [0.5, 0.0, 0.5, 0.0, 0.0]], np.float32)
+    found = ln.linear_cross_entropy(
+        case.input, case.linear_weight, q, linear_bias=bias, reduction="none", gradients=()
+    )
+    assert found.loss[0] == np.inf
+    assert np.isfinite(found.loss[1])
+
+
+def test_a_smoothing_of_one_does_not_look_at_the_target() -> None:
+    case = testing.make_case(4, 3, 5, ignored=0.0)
+    bias = np.zeros(5, np.float32)
+    options = {"linear_bias": bias, "label_smoothing": 1.0}
+    first = ln.linear_cross_entropy(
+        case.input, case.linear_weight, np.array([0, 1, 2, 3]), **options
+    )
+    second = ln.linear_cross_entropy(
+        case.input, case.linear_weight, np.array([4, 0, 0, 1]), **options
+    )
+    np.testing.assert_allclose(first.loss, second.loss, rtol=1e-6)
+    np.testing.assert_allclose(first.linear_weight, second.linear_weight, atol=1e-6)
+
+
 # Not-a-number and infinities ----------------------------------------------------------------------
 
 
@@ -598,9 +632,22 @@ def test_read_outs_agree_with_dense_logits(dtype: str) -> None:
     testing.assert_close(ln.linear_logsumexp(*arguments, **options), lse, "lse", dtype)
     kept = case.target != -100
     hits = (z.argmax(axis=-1) == case.target)[kept]
-    assert ln.linear_accuracy(*arguments, case.target, **options) == hits.mean()
+    found = ln.linear_accuracy(*arguments, case.target, **options)
+    np.testing.assert_allclose(found, hits.mean(), rtol=1e-6)
+    assert ln.linear_accuracy(*arguments, case.target, **options, reduction="sum") == hits.sum()
+    each = ln.linear_accuracy(*arguments, case.target, **options, reduction="none")
+    np.testing.assert_array_equal(each[kept], hits)
+    assert not each[~kept].any()
     hits5 = (np.argsort(-z, axis=-1)[..., :5] == case.target[..., None]).any(-1)[kept]
-    assert ln.linear_accuracy(*arguments, case.target, topk=5, **options) == hits5.mean()
+    found = ln.linear_accuracy(*arguments, case.target, topk=5, **options)
+    np.testing.assert_allclose(found, hits5.mean(), rtol=1e-6)
+    several = np.stack([case.target, (case.target + 1) % 20], axis=-1)
+    several[~kept] = -100
+    hits = (z.argmax(axis=-1)[..., None] == several).any(-1)[kept]
+    found = ln.linear_accuracy(*arguments, several, **options)
+    np.testing.assert_allclose(found, hits.mean(), rtol=1e-6)
+    nothing = ln.linear_accuracy(*arguments, np.full_like(case.target, -100), **options)
+    assert np.isnan(nothing)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -660,6 +707,11 @@ GOOD: dict[str, Any] = {
         ({"shift": -1}, ValueError, "shift"),
         ({"memory": "huge"}, ValueError, "memory"),
         ({"gradients": ("weights",)}, ValueError, "weights"),
+        ({"target": None}, TypeError, "target"),
+        ({"logit_scale": "2"}, TypeError, "logit_scale"),
+        ({"logit_scale": np.ones(2)}, TypeError, "logit_scale"),
+        ({"denominator": 3, "reduction": "sum"}, ValueError, "denominator"),
+        ({"cotangent": np.ones(3)}, ValueError, "cotangent.shape"),
         ({"row_weight": np.ones(2)}, ValueError, "row_weight.shape"),
         ({"target": np.zeros((3, 5), np.float32), "ignore_index": 0}, ValueError, "ignore_index"),
     ],

@@ -72,7 +72,7 @@ def any_array(name: str, value: Any) -> Array:
     if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         remedy = "use numpy.asarray, or logitless.functional for torch tensors"
         raise type_error(name, type(array).__name__, "a numpy.ndarray", remedy)
-    return array
+    return np.asarray(array)  # numpy.matrix and other subclasses index in ways of their own
 
 
 def readable(array: Array) -> Array:
@@ -96,6 +96,12 @@ def integer_array(name: str, array: Any) -> NDArray[np.int64]:
 def is_floating(array: Any) -> bool:
     """Whether `array` holds class probabilities."""
     return isinstance(array, (np.ndarray, np.generic)) and array.dtype.name in FLOATS
+
+
+def _real(name: str, value: Any) -> float:
+    if np.ndim(value) or not np.isrealobj(value) or isinstance(value, (str, bytes)):
+        raise type_error(name, repr(value), "a number", "one scale for all logits")
+    return float(value)
 
 
 def _maybe(array: Array | None) -> Handle | None:
@@ -160,17 +166,21 @@ class Head:
         )
         self.shift = shift
         self.ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
-        self.scale = float(logit_scale)
+        self.scale = _real("logit_scale", logit_scale)
         self.softcap = check_softcap(softcap)
         self.memory = check_memory(memory)
         self.gradients = gradients
         self.positions: list[tuple[int, ...]] = list(np.ndindex(*self.geometry.positions))
         self.rows = prod(self.geometry.rows_shape[: len(self.geometry.lead)])
-        self.ids = None
+        self.ids: NDArray[np.int64] | None = None
         if ids is not None:
-            columns = ids.shape[len(self.geometry.lead) + len(self.geometry.positions) :]
-            flat = self.flat(self.cut(ids), columns or (1,))
-            self.ids = np.ascontiguousarray(flat, dtype=np.int64)
+            self.set_ids(ids)
+
+    def set_ids(self, ids: NDArray[np.int64]) -> None:
+        """Take class ids of the rows' shape (before the shift), or with an axis of K ids."""
+        columns = ids.shape[len(self.geometry.lead) + len(self.geometry.positions) :]
+        flat = self.flat(self.cut(ids), columns or (1,))
+        self.ids = np.ascontiguousarray(flat, dtype=np.int64)
 
     # Shapes -------------------------------------------------------------------------------------
 

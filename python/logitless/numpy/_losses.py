@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from logitless._check import (
     check_label_smoothing,
     check_per_row,
     check_reduction,
+    type_error,
 )
 from logitless.numpy._derive import Floats
 from logitless.numpy._head import Array, Head, any_array
@@ -115,11 +117,9 @@ def linear_cross_entropy(
     """
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
-    probabilities = isinstance(target, np.ndarray) and target.dtype.kind not in "iu"
-    if probabilities and ignore_index is not None:
-        raise argument_error(
-            "ignore_index", ignore_index, "None with class probabilities", "use row_weight"
-        )
+    if denominator is not None and reduction != "mean":
+        remedy = "use reduction='mean'"
+        raise argument_error("denominator", denominator, f"None with {reduction!r}", remedy)
     head = Head(
         input,
         linear_weight,
@@ -133,97 +133,171 @@ def linear_cross_entropy(
         memory=memory,
         gradients=check_gradients(gradients, bias=linear_bias is not None, dot=False),
     )
-    if head.geometry.kind == "sparse" and target_weight is None:
-        remedy = "it holds the weight of each of the K ids of a row"
-        raise argument_error("target_weight", None, f"shape {target.shape}", remedy)
-    classes = head.geometry.classes
-    w = None
+    _check_target(head, target, target_weight, ignore_index)
+    class_weight = None
     if weight is not None:
-        check_class_vector("weight", any_array("weight", weight).shape, classes)
-        w = weight.astype(np.float64)
-    row = np.ones(head.rows * len(head.positions))
-    if row_weight is not None:
-        shape = (*head.geometry.lead, *head.geometry.positions)
-        check_per_row("row_weight", any_array("row_weight", row_weight).shape, shape)
-        row = head.flat(head.cut(row_weight)).astype(np.float64)
+        class_weight = any_array("weight", weight)
+        check_class_vector("weight", class_weight.shape, head.geometry.classes)
+    row = _row_weights(head, row_weight)
+    g_row = row * _row_cotangent(head, cotangent, reduction)
 
-    smooth = label_smoothing / classes
-    want: list[str | stats.Statistic] = ["lse"] if probabilities else ["log_prob"]
-    if z_loss_weight or smooth:
-        want.append("lse")
-    if smooth:
-        want.append("sum" if weight is None else stats.weighted_sum(weight))
-    share = np.zeros((len(row), 0))
-    if probabilities:
-        dense = target if weight is None else _weigh_classes(target, weight, head)
-        share = head.flat(head.cut(_class_sum(dense, head)))[:, None]
-        want.append(stats.dot(dense))
-    elif target_weight is not None:
-        share = head.flat(head.cut(target_weight), target.shape[-1:]).astype(np.float64)
+    sums = _Sums(head, 1.0 - label_smoothing, class_weight)
+    if head.geometry.kind == "probability":
+        sums.probabilities(target)
     else:
-        share = np.ones((len(row), 1))
-    call = Call(head, tuple(dict.fromkeys(want)))
-    kept, valid = call.derived.kept, call.derived.valid
-    if not probabilities:
-        assert head.ids is not None
-        share = np.where(valid, share, 0.0)
-        if w is not None:
-            share = share * w[np.where(valid, head.ids, 0)]
+        sums.class_ids(target_weight)
+    if label_smoothing:
+        sums.uniform(label_smoothing / head.geometry.classes)
+    if z_loss_weight:
+        sums.want.append("lse")
+    call = Call(head, tuple(dict.fromkeys(sums.want)))
+    losses, slopes = sums.evaluate(call)
 
-    # Row losses and, beside each term, its derivative by the statistic it is made of.
-    lse = call.flat("lse") if "lse" in call.fields else np.zeros(len(row))
-    uniform = "weighted_sum" if weight is not None else "sum"
-    target_part = 1.0 - label_smoothing
+    kept = call.derived.kept
+    per_row, per_square = 1.0, 1.0
+    if reduction == "mean":
+        per_row = per_square = float(kept.sum() if denominator is None else denominator)
+        if denominator is None and weight is not None and head.geometry.kind == "index":
+            per_row = sums.weight_of_targets
     with np.errstate(all="ignore"):
-        if probabilities:
-            losses = target_part * (share[:, 0] * lse - call.flat("dot"))
-        else:
-            log_prob = call.flat("log_prob")
-            losses = -target_part * np.where(share == 0.0, 0.0, share * log_prob).sum(axis=1)
-        total_weight = classes if w is None else float(w.sum())
-        if smooth:
-            losses = losses + smooth * (total_weight * lse - call.flat(uniform).reshape(len(row)))
-        regulariser = z_loss_weight * lse**2
-
-        per_loss, per_regulariser = 1.0, 1.0
-        if reduction == "mean":
-            per_loss = per_regulariser = float(kept.sum() if denominator is None else denominator)
-            if denominator is None and w is not None and head.geometry.kind == "index":
-                per_loss = float(share.sum())
-        totals = row * (losses / np.float64(per_loss) + regulariser / np.float64(per_regulariser))
-        totals = np.where(kept, totals, 0.0)
-        if reduction == "none":
-            loss = head.public(totals.astype(head.acc), ())
-        else:
-            empty_mean = reduction == "mean" and denominator is None and not kept.any()
-            loss = np.asarray(np.nan if empty_mean else totals.sum(), head.acc)
-
-        g = row * head.flat(np.broadcast_to(cotangent, head.geometry.rows_shape)).astype(float)
-        g_loss, g_regulariser = g / np.float64(per_loss), g / np.float64(per_regulariser)
-        cotangents: dict[str, Floats] = {}
-        g_lse = 2.0 * z_loss_weight * lse * g_regulariser + smooth * total_weight * g_loss
-        if probabilities:
-            g_lse = g_lse + target_part * share[:, 0] * g_loss
-            cotangents["dot"] = -target_part * g_loss
-        else:
-            cotangents["log_prob"] = -target_part * share * g_loss[:, None]
-        if "lse" in call.fields:
-            cotangents["lse"] = g_lse
-        if smooth:
-            g_uniform = -smooth * g_loss
-            cotangents[uniform] = g_uniform if weight is None else g_uniform[:, None]
+        g_loss = g_row / np.float64(per_row)
+        cotangents = {
+            name: slope * (g_loss if slope.ndim == 1 else g_loss[:, None])
+            for name, slope in slopes.items()
+        }
+        totals = losses / np.float64(per_row)
+        if z_loss_weight:
+            lse = call.flat("lse")
+            totals = totals + z_loss_weight * lse**2 / np.float64(per_square)
+            slope = 2.0 * z_loss_weight * lse * g_row / np.float64(per_square)
+            cotangents["lse"] = cotangents.get("lse", 0.0) + slope
+        totals = np.where(kept, row * totals, 0.0)
+    if reduction == "none":
+        loss = head.public(totals.astype(head.acc), ())
+    else:
+        empty = reduction == "mean" and denominator is None and not kept.any()
+        loss = np.asarray(np.nan if empty else totals.sum(), head.acc)
     if not head.gradients:
         return CrossEntropy(loss, None, None)
     found = call.backward(cotangents)
     return CrossEntropy(loss, found.input, found.linear_weight, found.linear_bias)
 
 
-def _weigh_classes(target: Array, weight: Array, head: Head) -> Array:
-    """Probabilities times class weights: an array of the size of the one that the caller holds."""
-    shape = (-1, *(1,) * len(head.geometry.positions))
-    return np.multiply(target, weight.reshape(shape), dtype=head.acc)
+@dataclass
+class _Sums:
+    """Row losses as sums of coefficients times statistics, which makes their slopes the former.
+
+    Every target is a distribution q, and ``−Σ_j q_j log p_j`` is linear in log-probabilities at
+    class ids, in ``dot``, in ``sum``, and in ``lse``.
+    """
+
+    head: Head
+    target_share: float  # 1 − label_smoothing
+    weight: Array | None
+    want: list[str | stats.Statistic] = field(default_factory=list)
+    terms: list[tuple[str, Floats]] = field(default_factory=list)
+    weight_of_targets: float = 0.0
+    mass: Floats | None = None
+
+    def class_ids(self, target_weight: Array | None) -> None:
+        """−Σ_k q_k w_k log p_k over the ids of each row."""
+        head = self.head
+        assert head.ids is not None
+        valid = head.ids != head.ignore_index
+        share: Floats = valid.astype(np.float64)
+        if target_weight is not None:
+            columns = target_weight.shape[-1:]
+            given = head.flat(head.cut(target_weight), columns).astype(np.float64)
+            share = np.where(valid, given, 0.0)
+        if self.weight is not None:
+            share = share * self.weight.astype(np.float64)[np.where(valid, head.ids, 0)]
+        self.weight_of_targets = float(share.sum())
+        self.want.append("log_prob")
+        self.terms.append(("log_prob", -self.target_share * share))
+
+    def probabilities(self, target: Array) -> None:
+        """Σ_j q_j (lse − z_j) = −A log p_y + A z_y − Σ_j q_j z_j for A = Σ_j q_j.
+
+        y is the most probable class: for a one-hot q the last two terms cancel exactly, and the
+        first has the digits of a class id's loss.
+        """
+        head = self.head
+        shape = (-1, *(1,) * len(head.geometry.positions))
+        if self.weight is not None:
+            # Of the size of the array that the caller holds.
+            target = np.multiply(target, self.weight.reshape(shape), dtype=head.acc)
+        axis = len(head.geometry.lead)
+        head.set_ids(target.argmax(axis=axis))
+        mass = head.flat(head.cut(np.asarray(target.sum(axis=axis, dtype=np.float64))))
+        self.mass = self.target_share * mass
+        self.want += ["log_prob", stats.dot(target)]
+
+    def _distribution(self, call: Call, mass: Floats) -> list[tuple[str, Floats]]:
+        """Terms of `probabilities`, those that may cancel first.
+
+        In a row whose likeliest class has no finite logit, A·lse replaces the first two.
+        """
+        finite = np.isfinite(call.flat("target"))
+        at_class = np.where(finite, mass[:, None], 0.0)
+        dot = np.full(len(mass), -self.target_share)
+        lse = np.where(finite[:, 0], 0.0, mass)
+        return [("target", at_class), ("dot", dot), ("log_prob", -at_class), ("lse", lse)]
+
+    def uniform(self, each: float) -> None:
+        """Σ_j each · w_j (lse − z_j): what label smoothing adds."""
+        rows = self.head.rows * len(self.head.positions)
+        total = self.head.geometry.classes if self.weight is None else float(self.weight.sum())
+        self.want.append("lse")
+        self.terms.append(("lse", np.full(rows, each * total)))
+        if self.weight is None:
+            self.want.append("sum")
+            self.terms.append(("sum", np.full(rows, -each)))
+        else:
+            self.want.append(stats.weighted_sum(self.weight))
+            self.terms.append(("weighted_sum", np.full((rows, 1), -each)))
+
+    def evaluate(self, call: Call) -> tuple[Floats, dict[str, Floats]]:
+        """One loss a row, and its slope in every statistic. A coefficient of 0 adds nothing."""
+        losses = np.zeros(len(call.derived.kept))
+        slopes: dict[str, Floats] = {}
+        terms = self.terms
+        if self.mass is not None:
+            terms = self._distribution(call, self.mass) + terms
+        for name, coefficient in terms:
+            with np.errstate(all="ignore"):
+                part = np.where(coefficient == 0.0, 0.0, coefficient * call.flat(name))
+                losses += part if part.ndim == 1 else part.sum(axis=1)
+            slopes[name] = slopes[name] + coefficient if name in slopes else coefficient
+        return losses, slopes
 
 
-def _class_sum(target: Array, head: Head) -> Floats:
-    axis = len(head.geometry.lead)
-    return np.asarray(target.sum(axis=axis, dtype=np.float64))
+def _check_target(
+    head: Head, target: Array, target_weight: Array | None, ignore_index: int | None
+) -> None:
+    kind = head.geometry.kind
+    if kind == "none":
+        raise type_error("target", None, "a numpy.ndarray", "linear_logsumexp needs no target")
+    if kind == "probability" and ignore_index is not None:
+        expected = "None with class probabilities"
+        raise argument_error("ignore_index", ignore_index, expected, "use a row_weight of 0")
+    if kind == "sparse" and target_weight is None:
+        remedy = "it holds the weight of each of the K ids of a row"
+        raise argument_error("target_weight", None, f"an array of shape {target.shape}", remedy)
+
+
+def _row_weights(head: Head, row_weight: Array | None) -> Floats:
+    if row_weight is None:
+        return np.ones(head.rows * len(head.positions))
+    shape = (*head.geometry.lead, *head.geometry.positions)
+    check_per_row("row_weight", any_array("row_weight", row_weight).shape, shape)
+    return head.flat(head.cut(row_weight)).astype(np.float64)
+
+
+def _row_cotangent(head: Head, cotangent: Any, reduction: str) -> Floats:
+    value = np.asarray(cotangent, dtype=np.float64)
+    shape = head.geometry.rows_shape if reduction == "none" else ()
+    if value.shape not in ((), shape):
+        raise argument_error(
+            "cotangent.shape", value.shape, f"{shape}, the shape of the loss", "or a number"
+        )
+    return head.flat(np.broadcast_to(value, head.geometry.rows_shape))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from logitless import stats
-from logitless._check import argument_error
-from logitless.numpy._head import IGNORE_INDEX, Array, float_array
-from logitless.numpy._statistics import row_statistics
+from logitless._check import argument_error, check_reduction, type_error
+from logitless.numpy._head import Array, Head, float_array
+from logitless.numpy._statistics import Call, row_statistics
 
 
 class LogProb(NamedTuple):
@@ -50,12 +50,13 @@ def linear_log_prob(
         Whether to compute the entropy too.
 
     The other parameters are those of `row_statistics`, which also gives the gradients. Ids equal to
-    `ignore_index` (−100 unless given) give 0.
+    `ignore_index` (−100 unless given) give 0. The bias is divided in its own dtype.
 
     Returns
     -------
     LogProb
-        Of the shape of target (less `shift` positions); float32, float64 for float64.
+        ``log_prob`` of target's shape (less `shift` positions) and ``entropy`` of the rows' shape;
+        float32, float64 for float64.
 
     Examples
     --------
@@ -88,47 +89,85 @@ def linear_log_prob(
     return LogProb(found.log_prob, found.entropy if entropy else None)
 
 
-def linear_logsumexp(input: Array, linear_weight: Array, **options: Any) -> Array:
-    """Log Σ_j e^{z_j} of each row. `options` are those of `row_statistics`.
+def linear_logsumexp(
+    input: Array,
+    linear_weight: Array,
+    *,
+    linear_bias: Array | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    memory: str | int = "lean",
+) -> Array:
+    """Log Σ_j e^{z_j} of each row. Arguments as in `row_statistics`, which gives gradients too.
 
+    Examples
+    --------
     >>> import numpy as np, logitless.numpy as ln
-    >>> float(ln.linear_logsumexp(np.zeros(2), np.ones((1, 2))))
-    0.0
+    >>> ln.linear_logsumexp(np.zeros((2, 3)), np.ones((1, 3))).tolist()
+    [0.0, 0.0]
     """
-    found, _ = row_statistics(input, linear_weight, want="lse", gradients=(), **options)
+    found, _ = row_statistics(
+        input,
+        linear_weight,
+        want="lse",
+        linear_bias=linear_bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        memory=memory,
+        gradients=(),
+    )
     return found.lse
 
 
-def linear_argmax(input: Array, linear_weight: Array, **options: Any) -> Array:
-    """Class id of each row's largest logit: the lowest id wins ties, nan wins over everything.
+def linear_argmax(input: Array, linear_weight: Array, *, linear_bias: Array | None = None) -> Array:
+    """Class id (int64) of each row's largest logit: the lowest id wins ties, nan wins over all.
 
-    `options` are those of `row_statistics`.
-
+    Examples
+    --------
     >>> import numpy as np, logitless.numpy as ln
     >>> ln.linear_argmax(np.eye(3)[:2], np.eye(3)).tolist()
     [0, 1]
     """
-    found, _ = row_statistics(input, linear_weight, want="argmax", gradients=(), **options)
+    found, _ = row_statistics(
+        input, linear_weight, want="max", linear_bias=linear_bias, gradients=()
+    )
     return found.argmax
 
 
-def linear_topk(input: Array, linear_weight: Array, k: int, **options: Any) -> TopK:
-    """The k largest logits of each row with their class ids, sorted, lowest id first among equals.
+def linear_topk(
+    input: Array,
+    linear_weight: Array,
+    k: int,
+    *,
+    linear_bias: Array | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    memory: str | int = "lean",
+) -> TopK:
+    """The k largest logits of each row with their class ids, sorted.
 
     Parameters
     ----------
     k : int
-        1 ≤ k ≤ min(64, V).
-    **options
-        Those of `row_statistics`.
+        1 ≤ k ≤ min(64, V). Ties: lowest id first; nan first.
+
+    The other parameters are those of `row_statistics`.
 
     Returns
     -------
     TopK
         ``values`` and ``indices``, the rows' shape with a last axis of k.
     """
-    want = stats.topk(k)
-    found, _ = row_statistics(input, linear_weight, want=want, gradients=(), **options)
+    found, _ = row_statistics(
+        input,
+        linear_weight,
+        want=stats.topk(k),
+        linear_bias=linear_bias,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        memory=memory,
+        gradients=(),
+    )
     return TopK(found.topk_values, found.topk_ids)
 
 
@@ -137,33 +176,49 @@ def linear_accuracy(
     linear_weight: Array,
     target: Array,
     *,
+    linear_bias: Array | None = None,
     topk: int = 1,
+    reduction: str = "mean",
     ignore_index: int | None = None,
     shift: int = 0,
-    **options: Any,
 ) -> Array:
-    """Share of the rows whose target is among the `topk` largest logits; ignored rows do not count.
+    """Share of the rows whose target is among the `topk` largest logits.
+
+    Parameters
+    ----------
+    target : integer (...), or (..., K) of which any may be hit
+    topk : int
+        1 ≤ topk ≤ min(64, V); ties count for the lowest ids.
+    reduction : "mean", "sum" or "none"
+        Over the rows that are not ignored (nan if there is none), or 0 and 1 a row.
+
+    The other parameters are those of `row_statistics`.
 
     Returns
     -------
     array
-        0-d float64; nan if every row is ignored.
+        float32, float64 for float64 inputs.
     """
-    skip = IGNORE_INDEX if ignore_index is None else ignore_index
-    found, _ = row_statistics(
-        input,
-        linear_weight,
-        target,
-        want="argmax" if topk == 1 else stats.topk(topk),
-        ignore_index=skip,
-        shift=shift,
-        gradients=(),
-        **options,
+    check_reduction(reduction)
+    want: str | stats.Statistic = "max" if topk == 1 else stats.topk(topk)
+    call = Call(
+        Head(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            ignore_index=ignore_index,
+            shift=shift,
+        ),
+        want,
     )
-    best = found.argmax[..., None] if topk == 1 else found.topk_ids
-    axis = np.ndim(input) - 2
-    aligned = target[(slice(None),) * axis + (slice(shift, None),)] if shift else np.asarray(target)
-    kept = aligned != skip
-    hits = (best == aligned[..., None]).any(axis=-1) & kept
+    ids, kept = call.head.ids, call.derived.kept
+    if ids is None:
+        raise type_error("target", "class probabilities or None", "class ids", "use q.argmax(-1)")
+    best = call.derived.core["argmax"][:, None] if topk == 1 else call.derived.core["topk_ids"]
+    hits = ((ids[:, :, None] == best[:, None, :]).any(axis=(1, 2)) & kept).astype(call.head.acc)
+    if reduction == "none":
+        return call.head.public(hits, ())
     with np.errstate(invalid="ignore"):
-        return np.asarray(hits.sum() / np.float64(kept.sum()))
+        divisor = np.float64(kept.sum() if reduction == "mean" else 1)
+        return np.asarray(hits.sum(dtype=np.float64) / divisor, call.head.acc)
