@@ -1,12 +1,10 @@
 // select.cuh - the operations of the tensor-core family by name (OP_*, given by the build): epilogue and operand majors.
 //
 //   operation      A, B            D      epilogue
-//   rest           E, W            -      sums of exponentials against the target's logit
-//   rest_entropy   E, W            -      + their first moment
 //   online_rest    E, W            -      maximum and sum a class block; no reference
 //   online         E, W            -      + moment (entropy)
 //   statistics     E, W            -      + sum, squares, maximum and its class
-//   store_exp      E, W            half   `rest`, and the exponentials
+//   store_exp      E, W            half   exponentials against the target's logit, and their sums
 //   gradient_ce    E, W            half   G from a, e
 //   gradient       E, W            half   G from a, b, c, d, e
 //   logits         E, W            float  z
@@ -15,8 +13,8 @@
 #pragma once
 #include "logitless/epilogue/gradient.cuh"
 #include "logitless/epilogue/online.cuh"
-#include "logitless/epilogue/rest.cuh"
 #include "logitless/epilogue/store.cuh"
+#include "logitless/epilogue/store_exp.cuh"
 
 namespace logitless {
 
@@ -30,17 +28,13 @@ struct OperationOf {
 };
 
 template <class Map, int kPanels>
-struct Operation<OP_REST, Map, kPanels> : OperationOf<RestEpilogue<Map, false, false, 0>, 0, 0> {};
-template <class Map, int kPanels>
-struct Operation<OP_REST_ENTROPY, Map, kPanels> : OperationOf<RestEpilogue<Map, true, false, 0>, 0, 0> {};
-template <class Map, int kPanels>
 struct Operation<OP_ONLINE_REST, Map, kPanels> : OperationOf<OnlineEpilogue<Map, false, false>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_ONLINE, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, false>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_STATISTICS, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, true>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_STORE_EXP, Map, kPanels> : OperationOf<RestEpilogue<Map, false, true, kPanels>, 0, 0> {};
+struct Operation<OP_STORE_EXP, Map, kPanels> : OperationOf<StoreExpEpilogue<Map, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_GRADIENT_CE, Map, kPanels> : OperationOf<GradientEpilogue<Map, false, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
