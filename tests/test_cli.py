@@ -105,6 +105,12 @@ def test_memory_refuses_a_budget_that_is_no_size() -> None:
     assert "24GiB" in refused("memory", "--budget", "lots")
 
 
+def test_memory_on_a_gpu_needs_an_engine_that_can_plan() -> None:
+    result = run(app, ["memory", "--device", "cuda"])
+    if result.exit_code != 0:
+        assert "use --device cpu here" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("method", footprint.METHODS)
 def test_largest_batch_fits_and_the_next_does_not(method: str) -> None:
     budget = 512 * 2**20

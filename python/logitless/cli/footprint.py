@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from logitless import _core
 
@@ -140,30 +141,32 @@ def chunk_rows(head: Head, accurate: bool) -> int:  # noqa: FBT001 - private to 
 
 
 def logitless(head: Head, memory: str) -> Footprint:
-    """The engine's plan for cross entropy with both gradients, on as many threads as are set."""
+    """The engine's plan for cross entropy with both gradients, on as many threads as are set.
+
+    Raises
+    ------
+    RuntimeError
+        A head on ``cuda`` where no engine can plan for one: no kernels, no driver or no device.
+    """
     spec = _core.Spec(("rest", "target"), targets=1)
-    plan = _core.plan(
-        spec,
-        head.rows,
-        head.features,
-        head.classes,
-        _CODES[head.dtype],
-        _MEMORY[memory],
-        _INPUT_AND_WEIGHT,
-    )
-    common = {
-        "scratch of the threads": _core.get_num_threads() * plan.threads_bytes,
+    sizes = (head.rows, head.features, head.classes, _CODES[head.dtype], _MEMORY[memory])
+    if head.device == "cuda":
+        cuda_plan: Any = getattr(_core, "cuda_plan", None)
+        if cuda_plan is None:
+            raise RuntimeError("this build has no CUDA engine")
+        plan = cuda_plan(spec, *sizes, _INPUT_AND_WEIGHT)
+        forward = {"forward workspace": plan.forward_bytes}
+        backward = {"backward workspace": plan.backward_bytes}
+    else:
+        plan = _core.plan(spec, *sizes, _INPUT_AND_WEIGHT)
+        threads = {"scratch of the threads": _core.get_num_threads() * plan.threads_bytes}
+        forward = {**shares(plan.parts, "forward.", plan.forward_bytes), **threads}
+        backward = {**shares(plan.parts, "backward.", plan.backward_bytes), **threads}
+    kept = {
         "stored logits": plan.store_bytes,
         "row statistics": 2 * head.rows * (8 if head.dtype == "fp64" else 4),
     }
-    moments = {
-        "forward": {**shares(plan.parts, "forward.", plan.forward_bytes), **common},
-        "backward": {
-            **shares(plan.parts, "backward.", plan.backward_bytes),
-            **common,
-            **head.gradients,
-        },
-    }
+    moments = {"forward": {**forward, **kept}, "backward": {**backward, **kept, **head.gradients}}
     return Footprint(memory, moments)
 
 

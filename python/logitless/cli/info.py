@@ -61,7 +61,8 @@ def cuda() -> dict[str, Any]:
     if information is None:
         return {"engine": "off", "reason": "this build has no CUDA engine; tensors on CPUs work"}
     found: dict[str, Any] = dict(information())
-    return found
+    reason = found.pop("reason", "")
+    return {"engine": "off", "reason": reason, **found} if reason else {"engine": "on", **found}
 
 
 def installed(distribution: str) -> str | None:

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from logitless.cli import footprint
-from logitless.cli._console import ACCENT, QUIET, bytes_text, console, need, parse_bytes
+from logitless.cli._console import ACCENT, QUIET, bytes_text, console, fail, need, parse_bytes
 from logitless.cli.footprint import METHODS, Footprint, Head
 
 TITLES = {
@@ -54,7 +54,10 @@ def memory(
     """Show what a cross entropy holds, part by part: logitless, eager torch, chunked torch."""
     head = Head(tokens, hidden, vocab, dtype.value, device.value)
     limit = parse_bytes(budget)
-    found = {name: method(head) for name, method in METHODS.items()}
+    try:
+        found = {name: method(head) for name, method in METHODS.items()}
+    except RuntimeError as error:
+        fail(f"--device is {device.value}: {error}; use --device cpu here")
     batches = {name: footprint.largest_rows(name, head, limit) for name in METHODS}
     if as_json:
         typer.echo(json.dumps(record(head, found, batches, limit), indent=2))

@@ -50,8 +50,8 @@ class Ratio:
 def timed(step: Step, device: torch.device) -> float:
     """Seconds one call takes, from a quiet device to a quiet device."""
     if device.type == "cuda":
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
         start.record()
         result = step()

@@ -125,7 +125,7 @@ class Run:
             meter.start()
         with self.autocast():
             loss = self.head(cut, self.body.embedding.weight, targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if measuring:
             growth = meter.stop()
             # The very first call also loads code; it counts only while there is no other.
