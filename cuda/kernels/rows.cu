@@ -233,6 +233,8 @@ extern "C" __global__ void __launch_bounds__(256) finish_statistics(const __grid
   __syncthreads();
   if (slice != 0 || row >= p.list.total) return;
   for (int i = 1; i < 8; i++) state.merge(shared[i][lane], p.planes);
+  // e^+-60 leaves the exponentials of a row 26 nats inside the range of float and bf16. nan is flagged too.
+  if (p.flags && slot >= 0 && !(fabs(log(state.fixed)) < 60.)) p.flags[slot / 256] = 1;
   state.finish(p.out, row, slot, p.reference ? &p.reference[max(slot, 0)] : nullptr);
 }
 
@@ -308,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_consta
       for (i64 row = first; row < min(rows, first + 8 * 64); row += 8) {
         const i64 at = row * p.tile.row_stride + column * p.tile.column_stride;
         if (p.tile.dtype == 1) wide += ((const double*)p.tile.data)[at];
-        else run += load_any<float>(p.tile.data, (int)p.tile.dtype, at);
+        else run += load_any<float>(p.tile.data, (int)p.tile.dtype, at) * (p.weights ? p.weights[row] : 1.f);
       }
       total += run + wide;
     }

@@ -167,8 +167,9 @@ struct FinishParams {
   int planes;              // 1: rest, 2: and entropy, past a fixed reference; online 2: rest, 3: and entropy, 7: everything
   int chunk_columns;       // classes a launch: tiles restart there
   int chunk_tiles;         // tiles a launch
+  int* flags;              // (ceil(N / 256)) or null: set where a fixed reference is out of a row's range
 };
-static_assert(sizeof(FinishParams) == 208, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(FinishParams) == 216, "mirror rust/gpu/src/params.rs");
 
 // row_coefficients: the five planes of the gradient tile, divided by the largest cotangent.
 struct CoefficientParams {
@@ -202,10 +203,11 @@ struct ColumnSumParams {
   AnyMatrix out;         // (columns), row_stride
   const int* count;      // or null
   const double* factor;  // or null: 1
+  const float* weights;  // (rows) or null: 1
   i64 rows;
   i64 columns;
 };
-static_assert(sizeof(ColumnSumParams) == 96, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ColumnSumParams) == 104, "mirror rust/gpu/src/params.rs");
 
 // row_dots: sum over features of packed input x packed gradient; fold_dots: their sum, one block.
 struct DotParams {
@@ -229,6 +231,73 @@ struct WidenParams {
   i64 is_double;
 };
 static_assert(sizeof(WidenParams) == 56, "mirror rust/gpu/src/params.rs");
+
+// -- store.cu --------------------------------------------------------------------------------------------------------
+// The stored mode keeps X = bf16(e^(z - reference)), 0 at the target, from the forward to the backward.
+
+// gate_blocks: indices of the flagged blocks of 256 slots, their number in front; one block.
+struct GateParams {
+  const int* flags;
+  int* gate;
+  i64 blocks;
+};
+static_assert(sizeof(GateParams) == 24, "mirror rust/gpu/src/params.rs");
+
+// finish_repair: rows of flagged blocks from online planes; a reference out of range becomes the row's rest.
+struct RepairParams {
+  RowList list;
+  const int* gate;
+  const float* part;
+  float* reference;
+  float* rest;           // (N), the output
+  i64 part_plane;
+  int ld_row, tiles;
+};
+static_assert(sizeof(RepairParams) == 80, "mirror rust/gpu/src/params.rs");
+
+// store_factors: what rows of X stand for, from the cotangents.
+struct FactorParams {
+  RowList list;
+  Targets targets;
+  const float *rest, *g_rest, *g_target;  // (N): saved, cotangents or null
+  const float* reference;                 // (slots)
+  float *factor;                          // X of slot i times this is its gradient of the logits off the target
+  float *input_factor, *target_factor;    // the same times logit_scale, and g_target times logit_scale: dE
+  float *ratio;                           // what X holds at the target while dW is made
+  float scale;
+  int padded;
+};
+static_assert(sizeof(FactorParams) == 136, "mirror rust/gpu/src/params.rs");
+
+// scale_rows: packed rows of the input times a factor, zero-filled like gather_rows.
+struct ScaleParams {
+  GatherParams gather;
+  const float* factor;   // (slots), times `scale`
+  float scale;
+  int reserved;
+};
+static_assert(sizeof(ScaleParams) == 112, "mirror rust/gpu/src/params.rs");
+
+// set_targets: X at the target of each slot.
+struct SetTargetsParams {
+  RowList list;
+  const int* target;     // (slots)
+  const float* value;    // (slots), or null: 0
+  void* x;
+  i64 pitch;
+};
+static_assert(sizeof(SetTargetsParams) == 64, "mirror rust/gpu/src/params.rs");
+
+// unpack_rows: packed rows back to their places; rows without a slot become 0.
+struct UnpackParams {
+  RowView target;
+  RowList list;
+  const void* packed;
+  i64 pitch;
+  int features;
+  int accumulate;
+};
+static_assert(sizeof(UnpackParams) == 96, "mirror rust/gpu/src/params.rs");
 
 // -- tile.cu ---------------------------------------------------------------------------------------------------------
 // A tile of z (live rows, width) in accumulators: folded into each row's state, or turned into a tile of dz.

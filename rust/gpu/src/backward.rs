@@ -12,11 +12,12 @@ use logitless_core::{DType, Gradients, Problem, Spec, Tensor, wanted};
 
 use crate::call::{Call, matrix, row_view, value, vector};
 use crate::error::Result;
-use crate::forward::{check_workspace, logits};
+use crate::forward::{check_store, check_workspace, logits};
 use crate::launch::{Stream, suffix};
 use crate::params::{self, Fields, RowList, RowView, Scalars};
 use crate::plan::{Arena, BackwardLayout, Geometry, Path, Plan, padded, pitch};
 use crate::product::{Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
+use crate::stored::Stored;
 
 /// Turns cotangents of the outputs into gradients of the wanted operands.
 ///
@@ -39,14 +40,22 @@ pub unsafe fn backward(
     device: usize,
     stream: usize,
     workspace: &Tensor,
+    store: Option<&Tensor>,
 ) -> Result<()> {
     let stream = Stream::enter(device, stream)?;
     let call = Call::new(spec, problem, plan, &stream)?;
     problem.check_fields("saved", spec, saved.iter().map(Some))?;
     problem.check_fields("cotangents", spec, cotangents.iter().map(Option::as_ref))?;
     check_gradients(&call, gradients, accumulate_weight)?;
-    check_workspace(workspace, plan.backward_bytes)?;
+    check_workspace("workspace", workspace, plan.backward_bytes)?;
     let g = Geometry::new(spec, plan, &stream.device.facts);
+    let (fields, grad) = (call.fields(saved.iter().map(Some)), call.fields(cotangents.iter().map(Option::as_ref)));
+    if plan.stored {
+        let store = check_store(store, plan)?;
+        let run = Stored { call: &call, g: &g, gradients, accumulate_weight, saved: fields, grad };
+        // SAFETY: the caller's promise.
+        return unsafe { run.backward(store, workspace.address()) };
+    }
     let lent = gradients.input.as_ref().filter(|_| g.may_borrow() && !gradients.accumulate_input).and_then(|d_input| lend(&call, d_input));
     let width = BackwardLayout::widest(&g, plan.backward_bytes, lent.is_some()).min(plan.chunks.1);
     if width == 0 && call.rows > 0 {
@@ -58,9 +67,9 @@ pub unsafe fn backward(
     let scalars = |field: usize| layout.scalars + field;
     let double = call.dtype == DType::F64;
     let run = Backward {
-        saved: call.fields(saved.iter().map(Some)),
-        grad: call.fields(cotangents.iter().map(Option::as_ref)),
-        list: RowList { rows: layout.list.rows, slots: layout.list.slots, count: layout.list.count, total: call.rows as i64 },
+        saved: fields,
+        grad,
+        list: call.live_rows(layout.list),
         packed: match (lent, layout.packed) {
             (Some(lent), _) => lent,
             (None, Some(address)) => Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype)),
@@ -309,6 +318,7 @@ impl Backward<'_> {
             out,
             count: self.list.count,
             factor: self.factor,
+            weights: 0,
             rows: self.call.rows as i64,
             columns: count as i64,
         };

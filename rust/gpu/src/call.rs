@@ -5,7 +5,7 @@ use logitless_core::{DType, Error, Problem, Spec, Tensor};
 use crate::error::Result;
 use crate::launch::{Stream, suffix};
 use crate::params::{self, AnyMatrix, Fields, RowList, RowView, Targets};
-use crate::plan::{Plan, padded};
+use crate::plan::{ListBuffers, Plan, padded};
 use crate::product::Matrix;
 
 /// A problem whose operands fit one another and the plan.
@@ -54,6 +54,12 @@ impl<'a> Call<'a> {
     /// Every row, in its place.
     pub fn all_rows(&self) -> RowList {
         RowList { rows: 0, slots: 0, count: 0, total: self.rows as i64 }
+    }
+
+    /// The rows of a list that the device makes.
+    pub fn live_rows(&self, buffers: ListBuffers) -> RowList {
+        let ListBuffers { rows, slots, count } = buffers;
+        RowList { rows, slots, count, total: self.rows as i64 }
     }
 
     /// The input as rows of features.

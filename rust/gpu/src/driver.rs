@@ -276,6 +276,17 @@ impl Function {
         check(code, || format!("launch of {name} with grid {:?}, {} threads, {} bytes of shared memory", shape.grid, shape.block, shape.shared))
     }
 
+    /// Blocks that one multiprocessor holds at once.
+    pub fn blocks(self, name: &str, shape: Shape) -> Result<u32> {
+        let mut blocks = 0;
+        // SAFETY: writes one integer.
+        let code = unsafe {
+            cu::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, self.0, shape.block as c_int, shape.shared as usize)
+        };
+        check(code, || format!("cuOccupancyMaxActiveBlocksPerMultiprocessor({name})"))?;
+        Ok(blocks as u32)
+    }
+
     /// Clusters of `cluster` blocks that the device holds at once.
     pub fn clusters(self, name: &str, cluster: u32, multiprocessors: u32, shape: Shape) -> Result<u32> {
         let mut config = Shape { grid: (multiprocessors / cluster * cluster, 1), ..shape }.config(0);

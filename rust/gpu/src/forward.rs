@@ -6,8 +6,9 @@ use crate::call::{Call, value};
 use crate::error::Result;
 use crate::launch::{Stream, suffix};
 use crate::params::{self, RowList};
-use crate::plan::{Arena, ForwardLayout, Geometry, Path, Plan, padded, partials, pitch};
+use crate::plan::{Arena, ForwardLayout, Geometry, ListBuffers, Path, Plan, padded, partials, pitch};
 use crate::product::{Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
+use crate::stored;
 
 /// Computes the statistics of `spec` for every row and writes them to `outputs`.
 ///
@@ -29,14 +30,21 @@ pub unsafe fn forward(
     device: usize,
     stream: usize,
     workspace: &Tensor,
+    store: Option<&Tensor>,
 ) -> Result<()> {
     let stream = Stream::enter(device, stream)?;
     let call = Call::new(spec, problem, plan, &stream)?;
     problem.check_fields("outputs", spec, outputs.iter().map(Some))?;
     let g = Geometry::new(spec, plan, &stream.device.facts);
-    check_workspace(workspace, plan.forward_bytes)?;
+    check_workspace("workspace", workspace, plan.forward_bytes)?;
     if call.rows == 0 {
         return Ok(());
+    }
+    if plan.stored {
+        let fields = call.fields(outputs.iter().map(Some));
+        let store = check_store(store, plan)?;
+        // SAFETY: the caller's promise.
+        return unsafe { stored::forward(&call, &g, fields, store, workspace.address()) };
     }
     let mut arena = Arena::at(workspace.address());
     let layout = ForwardLayout::lay(&mut arena, &g, plan.chunks.0);
@@ -44,7 +52,7 @@ pub unsafe fn forward(
     let run = Forward { call: &call, g: &g, layout: &layout, outputs };
     // SAFETY: the caller's promise, and buffers laid out for this geometry.
     unsafe {
-        let (list, input) = run.select()?;
+        let (list, input) = select(&call, layout.list, layout.packed)?;
         let bias = call.widen_bias(layout.bias)?;
         run.targets(list)?;
         match plan.path {
@@ -54,14 +62,24 @@ pub unsafe fn forward(
     }
 }
 
-/// A workspace holds exactly what the plan says, or more.
-pub(crate) fn check_workspace(workspace: &Tensor, bytes: usize) -> Result<()> {
-    workspace.expect_dtype("workspace", &[DType::U8])?;
+/// A workspace holds what the plan says, or more.
+pub(crate) fn check_workspace(argument: &'static str, workspace: &Tensor, bytes: usize) -> Result<()> {
+    workspace.expect_dtype(argument, &[DType::U8])?;
     if workspace.len() < bytes || !workspace.address().is_multiple_of(256) {
         let found = format!("{} bytes at {:#x}", workspace.len(), workspace.address());
-        return Err(value("workspace", found, format!("{bytes} bytes, aligned to 256: the plan's")));
+        return Err(value(argument, found, format!("{bytes} bytes, aligned to 256: the plan's")));
     }
     Ok(())
+}
+
+/// The address of the store of a plan that has one.
+pub(crate) fn check_store(store: Option<&Tensor>, plan: &Plan) -> Result<usize> {
+    let Some(store) = store else {
+        let expected = format!("the plan's {} bytes; a plan without a store has memory=\"lean\"", plan.store_bytes);
+        return Err(logitless_core::Error::Missing { argument: "store", expected }.into());
+    };
+    check_workspace("store", store, plan.store_bytes)?;
+    Ok(store.address())
 }
 
 struct Forward<'a> {
@@ -74,35 +92,6 @@ struct Forward<'a> {
 impl Forward<'_> {
     fn fields(&self) -> params::Fields {
         self.call.fields(self.outputs.iter().map(Some))
-    }
-
-    /// The rows that are not ignored, and a matrix of them that products can read.
-    unsafe fn select(&self) -> Result<(RowList, Matrix)> {
-        let (call, buffers) = (self.call, self.layout.list);
-        let packed = Matrix::packed(self.layout.packed, call.dtype, call.features, pitch(call.features, call.dtype));
-        if call.targets().has_ignore == 0 {
-            if let Some(input) = call.input_matrix().filter(|input| call.dtype == DType::F64 || input.describable()) {
-                return Ok((call.all_rows(), input));
-            }
-            // SAFETY: a buffer of the layout.
-            unsafe { call.gather(call.all_rows(), packed, padded(call.rows))? };
-            return Ok((call.all_rows(), packed));
-        }
-        let select = params::Select {
-            targets: call.targets(),
-            rows: buffers.rows,
-            slots: buffers.slots,
-            count: buffers.count,
-            total: call.rows as i64,
-            ..params::Select::default()
-        };
-        let list = RowList { rows: buffers.rows, slots: buffers.slots, count: buffers.count, total: call.rows as i64 };
-        // SAFETY: buffers of the layout.
-        unsafe {
-            call.stream.launch("select_rows", (1, 1), 1024, 0, &select)?;
-            call.gather(list, packed, padded(call.rows))?;
-        }
-        Ok((list, packed))
     }
 
     /// Logits of the targets. Ignored rows of the output are 0.
@@ -178,6 +167,7 @@ impl Forward<'_> {
             planes: planes as i32,
             chunk_columns: width as i32,
             chunk_tiles: chunk_tiles as i32,
+            flags: 0,
         };
         // SAFETY: outputs checked, buffers of the layout.
         unsafe { call.stream.launch("finish_statistics", (rows.div_ceil(32), 1), 256, 0, &finish) }
@@ -217,6 +207,35 @@ impl Forward<'_> {
         }
         Ok(())
     }
+}
+
+/// The rows that are not ignored, and a matrix of them that products can read.
+pub(crate) unsafe fn select(call: &Call, buffers: ListBuffers, packed: usize) -> Result<(RowList, Matrix)> {
+    let packed = Matrix::packed(packed, call.dtype, call.features, pitch(call.features, call.dtype));
+    if call.targets().has_ignore == 0 {
+        let readable = |input: &Matrix| call.dtype == DType::F64 || input.describable();
+        if let Some(input) = call.input_matrix().filter(readable) {
+            return Ok((call.all_rows(), input));
+        }
+        // SAFETY: a buffer of the layout.
+        unsafe { call.gather(call.all_rows(), packed, padded(call.rows))? };
+        return Ok((call.all_rows(), packed));
+    }
+    let select = params::Select {
+        targets: call.targets(),
+        rows: buffers.rows,
+        slots: buffers.slots,
+        count: buffers.count,
+        total: call.rows as i64,
+        ..params::Select::default()
+    };
+    let list = call.live_rows(buffers);
+    // SAFETY: buffers of the layout.
+    unsafe {
+        call.stream.launch("select_rows", (1, 1), 1024, 0, &select)?;
+        call.gather(list, packed, padded(call.rows))?;
+    }
+    Ok((list, packed))
 }
 
 /// A tile of logits of live rows and classes `chunk.0 .. chunk.0 + chunk.1`.

@@ -149,13 +149,16 @@ pub fn kernel(device: &Device, name: &str) -> Result<Kernel> {
     let kernel = driver::outside_capture(|| {
         let tile = IMAGES[number].tile;
         let function = library(number)?.function(name, tile.map_or(0, |tile| tile.shared))?;
+        let multiprocessors = device.facts.multiprocessors;
         let blocks = match tile {
-            Some(tile) if tile.cluster > 1 => {
+            Some(tile) => {
                 let shape = Shape { grid: (1, 1), block: tile.threads, shared: tile.shared };
-                tile.cluster * function.clusters(name, tile.cluster, device.facts.multiprocessors, shape)?
+                if tile.cluster > 1 {
+                    tile.cluster * function.clusters(name, tile.cluster, multiprocessors, shape)?
+                } else {
+                    multiprocessors * function.blocks(name, shape)?
+                }
             }
-            // Two blocks of a small tile share a multiprocessor.
-            Some(_) => 2 * device.facts.multiprocessors,
             None => 0,
         };
         Ok(Kernel { function, tile, blocks })

@@ -8,12 +8,13 @@
 //! # Map
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit ·
-//! `plan` sizes and memory · `forward`, `backward` the compositions · `info` what there is.
+//! `plan` sizes and memory · `forward`, `backward`, `stored` the compositions · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
 //! *Tiled*: E Wᵀ writes a tile of logits, which row kernels fold or turn into gradients; it serves
 //! what the epilogues do not (several targets, powers, class vectors, dense targets, top-k, double).
+//! *Stored* is fused with the exponentials kept from forward to backward: three products, not four.
 
 mod backward;
 mod call;
@@ -26,6 +27,7 @@ mod launch;
 mod params;
 mod plan;
 mod product;
+mod stored;
 
 pub use backward::backward;
 pub use error::{Error, Result};

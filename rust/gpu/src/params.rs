@@ -223,8 +223,9 @@ pub struct Finish {
     pub planes: i32,
     pub chunk_columns: i32,
     pub chunk_tiles: i32,
+    pub flags: usize,
 }
-const _: () = assert!(size_of::<Finish>() == 208);
+const _: () = assert!(size_of::<Finish>() == 216);
 
 /// `row_coefficients`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -282,10 +283,11 @@ pub struct ColumnSum {
     pub out: AnyMatrix,
     pub count: usize,
     pub factor: usize,
+    pub weights: usize,
     pub rows: i64,
     pub columns: i64,
 }
-const _: () = assert!(size_of::<ColumnSum>() == 96);
+const _: () = assert!(size_of::<ColumnSum>() == 104);
 
 /// `row_dots` and `fold_dots`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -313,6 +315,86 @@ pub struct Widen {
     pub is_double: i64,
 }
 const _: () = assert!(size_of::<Widen>() == 56);
+
+/// `gate_blocks`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Gate {
+    pub flags: usize,
+    pub gate: usize,
+    pub blocks: i64,
+}
+const _: () = assert!(size_of::<Gate>() == 24);
+
+/// `finish_repair`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Repair {
+    pub list: RowList,
+    pub gate: usize,
+    pub part: usize,
+    pub reference: usize,
+    pub rest: usize,
+    pub part_plane: i64,
+    pub ld_row: i32,
+    pub tiles: i32,
+}
+const _: () = assert!(size_of::<Repair>() == 80);
+
+/// `store_factors`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Factors {
+    pub list: RowList,
+    pub targets: Targets,
+    pub rest: usize,
+    pub g_rest: usize,
+    pub g_target: usize,
+    pub reference: usize,
+    pub factor: usize,
+    pub input_factor: usize,
+    pub target_factor: usize,
+    pub ratio: usize,
+    pub scale: f32,
+    pub padded: i32,
+}
+const _: () = assert!(size_of::<Factors>() == 136);
+
+/// `scale_rows_bf16`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Scale {
+    pub gather: Gather,
+    pub factor: usize,
+    pub scale: f32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<Scale>() == 112);
+
+/// `set_targets_bf16`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct SetTargets {
+    pub list: RowList,
+    pub target: usize,
+    pub value: usize,
+    pub x: usize,
+    pub pitch: i64,
+}
+const _: () = assert!(size_of::<SetTargets>() == 64);
+
+/// `unpack_rows_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Unpack {
+    pub target: RowView,
+    pub list: RowList,
+    pub packed: usize,
+    pub pitch: i64,
+    pub features: i32,
+    pub accumulate: i32,
+}
+const _: () = assert!(size_of::<Unpack>() == 96);
 
 /// `tile_statistics_*` and `tile_gradient_*`.
 #[derive(Clone, Copy, Debug, Default)]

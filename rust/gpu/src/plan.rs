@@ -9,7 +9,7 @@ use logitless_core::{DType, Error as CallError, Memory, Spec, Tensor, wanted};
 use crate::driver::{self, Facts};
 use crate::error::Result;
 use crate::params::{FIXED_SLOTS, MAX_POWERS};
-use crate::product::{Matrix, Operation, choose};
+use crate::product::{Matrix, Operation, choose, exists};
 
 /// Where statistics are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,13 +39,15 @@ pub struct Plan {
     pub store_bytes: usize,
     /// Named shares of the workspaces.
     pub parts: Vec<(&'static str, usize)>,
-    /// `fused` or `tiled`.
+    /// `stored`, `fused` or `tiled`.
     pub mode: &'static str,
     /// Classes a chunk, forward and backward.
     pub chunks: (usize, usize),
     pub(crate) path: Path,
     pub(crate) direct_weight: bool,
     pub(crate) gradients: u32,
+    /// Exponentials are kept from the forward to the backward.
+    pub(crate) stored: bool,
 }
 
 /// Rows of a buffer that tensor-core tiles write whole.
@@ -129,6 +131,11 @@ impl Geometry {
     /// Whether the gradient of the input is a buffer that can hold the packed input until it is written.
     pub fn may_borrow(&self) -> bool {
         self.wants(wanted::INPUT) && pitch(self.features, self.dtype) == self.features
+    }
+
+    /// Elements of a row of the store.
+    pub fn store_pitch(&self) -> usize {
+        self.classes.next_multiple_of(64)
     }
 
     /// Whether the gradient of the weight may have rows that tensor cores can write.
@@ -328,9 +335,22 @@ pub(crate) fn plan_for(
         path,
         direct_weight: contiguous,
         gradients,
+        stored: false,
     };
     let g = Geometry::new(spec, &plan, facts);
 
+    if may_store(&g, spec, facts) {
+        let mut arena = Arena::at(0);
+        StoreLayout::lay(&mut arena, &g);
+        let allowed = match memory {
+            Memory::Lean => 0,
+            Memory::Fast => usize::MAX,
+            Memory::Bytes(bytes) => bytes,
+        };
+        if arena.used <= allowed {
+            return Ok(stored_plan(plan, &g, arena));
+        }
+    }
     plan.chunks.0 = match path {
         Path::Fused { .. } if contiguous => classes.max(1),
         // A tile of logits that stays in a large L2 on its way to the row kernel, and fills the device.
@@ -353,6 +373,100 @@ pub(crate) fn plan_for(
     Ok(plan)
 }
 
+/// Whether a backward can be made of stored exponentials: cross entropy in bf16 (f16 overflows at
+/// e^11), its weight's gradient wanted and writable in place, and nothing that needs the logits.
+fn may_store(g: &Geometry, spec: &Spec, facts: &Facts) -> bool {
+    g.path == Path::Fused { planes: 2 }
+        && g.dtype == DType::Bf16
+        && spec.targets() == 1
+        && g.wants(wanted::WEIGHT)
+        && !g.wants(wanted::SCALE)
+        && g.weight_rows_fit()
+        && [Operation::StoreExp, Operation::OnlineRest, Operation::De].iter().all(|&operation| exists(facts, operation, g.dtype))
+}
+
+/// The plan of the stored mode.
+fn stored_plan(mut plan: Plan, g: &Geometry, store: Arena) -> Plan {
+    let (mut forward, mut backward) = (Arena::at(0), Arena::at(0));
+    StoredForwardLayout::lay(&mut forward, g);
+    StoredBackwardLayout::lay(&mut backward, g);
+    (plan.store_bytes, plan.forward_bytes, plan.backward_bytes) = (store.used, forward.used, backward.used);
+    plan.parts = store.parts;
+    plan.parts.extend(if forward.used > backward.used { forward.parts } else { backward.parts });
+    plan.chunks = (plan.classes, plan.classes);
+    plan.mode = "stored";
+    plan.stored = true;
+    plan
+}
+
+/// What the stored mode keeps.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoreLayout {
+    pub list: ListBuffers,
+    pub target: usize,
+    pub reference: usize,
+    pub x: usize,
+}
+
+impl StoreLayout {
+    pub fn lay(arena: &mut Arena, g: &Geometry) -> StoreLayout {
+        let rows = padded(g.rows);
+        StoreLayout {
+            list: ListBuffers::lay(arena, g.rows),
+            target: arena.take("targets", 4 * rows),
+            reference: arena.take("targets", 4 * rows),
+            x: arena.take("exponentials", g.dtype.size() * rows * g.store_pitch()),
+        }
+    }
+}
+
+/// Buffers of a forward that stores.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoredForwardLayout {
+    pub packed: usize,
+    pub bias: usize,
+    pub part: usize,
+    pub flags: usize,
+    pub gate: usize,
+    /// The target's logits, where they are not an output.
+    pub logits: usize,
+}
+
+impl StoredForwardLayout {
+    pub fn lay(arena: &mut Arena, g: &Geometry) -> StoredForwardLayout {
+        let (rows, blocks) = (padded(g.rows), g.rows.div_ceil(256));
+        StoredForwardLayout {
+            packed: arena.take("packed input", g.packed_bytes()),
+            bias: arena.take("bias", 4 * g.classes),
+            // One plane of sums; a repair needs two, of maxima and sums.
+            part: arena.take("partials", 2 * 4 * g.classes.div_ceil(g.part_columns) * rows),
+            flags: arena.take("repair", 4 * blocks),
+            gate: arena.take("repair", 4 * (blocks + 1)),
+            logits: arena.take("targets", 4 * rows),
+        }
+    }
+}
+
+/// Buffers of a backward from the store.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoredBackwardLayout {
+    pub factor: usize,
+    pub input_factor: usize,
+    pub target_factor: usize,
+    pub ratio: usize,
+    /// Scaled input, then, where it cannot be written in place, the packed gradient of the input.
+    pub packed: usize,
+}
+
+impl StoredBackwardLayout {
+    pub fn lay(arena: &mut Arena, g: &Geometry) -> StoredBackwardLayout {
+        let mut plane = || arena.take("coefficients", 4 * padded(g.rows));
+        let [factor, input_factor, target_factor, ratio] = [plane(), plane(), plane(), plane()];
+        let packed = arena.take("packed input", g.packed_bytes());
+        StoredBackwardLayout { factor, input_factor, target_factor, ratio, packed }
+    }
+}
+
 /// Bytes of a tile of logits on the tiled path.
 const TILE_BYTES: usize = 64 << 20;
 
@@ -361,7 +475,8 @@ fn path(spec: &Spec, dtype: DType, facts: &Facts, rows: usize, classes: usize) -
     let has = |name: &str| spec.statistics().any(|other| other == name);
     let planes = match () {
         () if ["sum", "sum_sq", "variance", "max"].iter().any(|name| has(name)) => 7,
-        () if has("entropy") => 3,
+        // Where one kernel serves both, it writes the moment too.
+        () if has("entropy") || !exists(facts, Operation::OnlineRest, dtype) => 3,
         () => 2,
     };
     let fused = spec.targets() <= 1

@@ -65,6 +65,8 @@ pub(crate) enum Operation {
     Online,
     /// The same, and sum, squares and maximum over all classes.
     Statistics,
+    /// Exponentials against a fixed reference, and their sums.
+    StoreExp,
     /// Gradient of the logits of a cross entropy.
     GradientCe,
     /// Gradient of the logits of every fused statistic.
@@ -75,6 +77,8 @@ pub(crate) enum Operation {
     Dw,
     /// Gradient of the weight in float.
     DwF32,
+    /// Gradient of the input in the operands' type, with row factors and the targets' part.
+    De,
     /// Gradient of the input in float.
     DeF32,
 }
@@ -85,12 +89,23 @@ impl Operation {
             Operation::OnlineRest => "online_rest",
             Operation::Online => "online",
             Operation::Statistics => "statistics",
+            Operation::StoreExp => "store_exp",
             Operation::GradientCe => "gradient_ce",
             Operation::Gradient => "gradient",
             Operation::Logits => "logits",
             Operation::Dw => "dw",
             Operation::DwF32 => "dw_f32",
+            Operation::De => "de",
             Operation::DeF32 => "de_f32",
+        }
+    }
+
+    /// A kernel that does at least as much, with the same operands and results.
+    fn general(self) -> Option<Operation> {
+        match self {
+            Operation::OnlineRest => Some(Operation::Online),
+            Operation::GradientCe => Some(Operation::Gradient),
+            _ => None,
         }
     }
 
@@ -98,7 +113,7 @@ impl Operation {
     fn transposed(self) -> (bool, bool) {
         match self {
             Operation::Dw | Operation::DwF32 => (true, true),
-            Operation::DeF32 => (false, true),
+            Operation::De | Operation::DeF32 => (false, true),
             _ => (false, false),
         }
     }
@@ -110,7 +125,8 @@ impl Operation {
 }
 
 /// Names of the tiles, those that move fewer bytes a product first.
-const TILES: [&str; 5] = ["c256x192", "c128x256", "c128x192", "p128x192", "t128x128"];
+const TILES: [&str; 6] =
+    ["c256x192", "c128x256", "c128x192", "p128x192", "t128x256", "t128x128"];
 
 /// A kernel for a product and its tile.
 #[derive(Clone, Debug)]
@@ -155,12 +171,28 @@ pub(crate) fn choose(facts: &Facts, operation: Operation, dtype: DType, mapped: 
     if dtype == DType::F64 {
         return None;
     }
-    let map = if mapped && operation.mapped() { "m" } else { "" };
-    let choices = TILES.iter().filter_map(|tile| {
-        let name = format!("{}_{}{map}_{tile}", operation.name(), suffix(dtype));
-        images::tile(&name, facts).map(|tile| Choice { name, tile })
-    });
-    choices.min_by(|a, b| a.cost(facts, m, n).total_cmp(&b.cost(facts, m, n)))
+    // A kernel with the map also makes plain logits, and is the only one on some architectures.
+    let maps: &[&str] = match (operation.mapped(), mapped) {
+        (false, _) => &[""],
+        (true, false) => &["", "m"],
+        (true, true) => &["m"],
+    };
+    let found = |operation: Operation| {
+        maps.iter().find_map(|map| {
+            let choices = TILES.iter().filter_map(|tile| {
+                let name = format!("{}_{}{map}_{tile}", operation.name(), suffix(dtype));
+                images::tile(&name, facts).map(|tile| Choice { name, tile })
+            });
+            choices.min_by(|a, b| a.cost(facts, m, n).total_cmp(&b.cost(facts, m, n)))
+        })
+    };
+    found(operation).or_else(|| found(operation.general()?))
+}
+
+/// Whether an operation has a kernel of its own on a device.
+pub(crate) fn exists(facts: &Facts, operation: Operation, dtype: DType) -> bool {
+    choose(facts, operation, dtype, false, 1, 1)
+        .is_some_and(|choice| choice.name.starts_with(&format!("{}_{}", operation.name(), suffix(dtype))))
 }
 
 /// Operands of a product, as stored: K-major (rows of K), or with K as rows where the operation says so.

@@ -74,10 +74,9 @@ pub fn cuda_plan(
         })?),
     };
     let dtype = crate::args::dtype(dtype)?;
-    let plan = gpu::plan(
-        &spec.0, rows, features, classes, dtype, memory, gradients, contiguous, device,
-    )
-    .map_err(error)?;
+    let plan =
+        gpu::plan(&spec.0, rows, features, classes, dtype, memory, gradients, contiguous, device)
+            .map_err(error)?;
     Ok(CudaPlan { spec, question, plan })
 }
 
@@ -123,7 +122,8 @@ impl CudaPlan {
         Ok(parts)
     }
 
-    /// `fused` (statistics in the epilogue of the product) or `tiled` (from tiles of logits).
+    /// `fused` (statistics in the product's epilogue), `stored` (and exponentials kept for the
+    /// backward) or `tiled` (from tiles of logits).
     #[getter]
     fn mode(&self) -> &'static str {
         self.plan.mode
@@ -189,12 +189,12 @@ pub fn cuda_forward(
 ) -> PyResult<()> {
     let problem =
         problem(input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense);
-    let _ = (store, threads);
+    let (store, _) = (store.map(|store| store.0), threads);
     let (spec, outputs, plan) = (&spec.get().0, tensors(outputs)?, &plan.get().plan);
     // SAFETY: Python holds every array behind the addresses until the stream has passed this call
     // (its allocator reuses memory in stream order), with shapes and strides inside them.
     py.detach(|| unsafe {
-        gpu::forward(spec, &problem, &outputs, plan, device, stream, &workspace.0)
+        gpu::forward(spec, &problem, &outputs, plan, device, stream, &workspace.0, store.as_ref())
     })
     .map_err(error)
 }
@@ -245,7 +245,7 @@ pub fn cuda_backward(
         dense: d_dense.map(|t| t.0),
         accumulate_input,
     };
-    let _ = (store, threads);
+    let (store, _) = (store.map(|store| store.0), threads);
     let (saved, cotangents) = (tensors(saved)?, optional_tensors(cotangents)?);
     let (spec, plan) = (&spec.get().0, &plan.get().plan);
     // SAFETY: as for the forward.
@@ -261,6 +261,7 @@ pub fn cuda_backward(
             device,
             stream,
             &workspace.0,
+            store.as_ref(),
         )
     })
     .map_err(error)

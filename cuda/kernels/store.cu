@@ -1,0 +1,126 @@
+// store.cu - the row kernels of the stored mode: X = bf16(e^(z - reference)) is kept from the forward to the backward.
+//
+// A row's gradient of the logits is factor X off the target and g_target at it, with factor = g_rest e^(reference - rest).
+//   dE = scale (factor (X W) + g_target W[y])     the target's part in float, in the product's epilogue: X[y] is 0
+//   dW = Xᵀ (scale factor E)                      X[y] holds g_target / factor while this product runs, and is 0 again after
+#include "logitless/common.cuh"
+#include "logitless/statistics/rest.cuh"
+
+using namespace logitless;
+
+// One block of 256: flagged blocks in ascending order.
+extern "C" __global__ void __launch_bounds__(256) gate_blocks(const __grid_constant__ GateParams p) {
+  __shared__ int warp_total[8];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  int base = 0;
+  for (i64 first = 0; first < p.blocks; first += 256) {
+    const i64 block = first + threadIdx.x;
+    const bool flagged = block < p.blocks && p.flags[block] != 0;
+    const u32 votes = __ballot_sync(kFullWarp, flagged);
+    if (lane == 0) warp_total[warp] = __popc(votes);
+    __syncthreads();
+    int before = 0, all = 0;
+    for (int w = 0; w < 8; w++) {
+      before += w < warp ? warp_total[w] : 0;
+      all += warp_total[w];
+    }
+    if (flagged) p.gate[1 + base + before + __popc(votes & ((1u << lane) - 1))] = (int)block;
+    base += all;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) p.gate[0] = base;
+}
+
+// One block a flagged block of 256 slots, one thread a slot.
+extern "C" __global__ void __launch_bounds__(256) finish_repair(const __grid_constant__ RepairParams p) {
+  if ((int)blockIdx.x >= p.gate[0]) return;
+  const int slot = p.gate[1 + blockIdx.x] * 256 + threadIdx.x;
+  if (slot >= live_count(p.list)) return;
+  Rest<float> all = Rest<float>::empty();
+  for (int tile = 0; tile < p.tiles; tile++) {
+    const float* part = p.part + (i64)tile * p.ld_row + slot;
+    all.merge({part[0], part[p.part_plane], 0.f});
+  }
+  const float rest = all.finish(), distance = fabsf(rest - p.reference[slot]);
+  if (p.rest) p.rest[row_at(p.list, slot)] = rest;
+  // No class but the target: nothing to store, whatever the reference. Other rows that are not finite stay so.
+  if (rest == -infinity()) p.reference[slot] = infinity();
+  else if (distance >= 59.f && distance < infinity()) p.reference[slot] = rest;
+}
+
+extern "C" __global__ void __launch_bounds__(256) store_factors(const __grid_constant__ FactorParams p) {
+  const int slot = blockIdx.x * 256 + threadIdx.x;
+  if (slot >= p.padded) return;
+  float factor = 0.f, at_target = 0.f, ratio = 0.f, passed = 0.f;
+  if (slot < live_count(p.list)) {
+    const i64 row = row_at(p.list, slot), id = p.targets.ids[row];
+    const float g = p.g_rest ? p.g_rest[row] : 0.f, reference = p.reference[slot];
+    const bool valid = id >= 0 && id < p.targets.classes;
+    factor = g == 0.f ? 0.f : reference == infinity() ? 0.f : g * expf(reference - p.rest[row]);
+    at_target = p.g_target && valid ? p.g_target[row] : 0.f;
+    if (!valid) factor = not_a_number<float>();  // out of range (padding is not live): the row is nan, like its loss
+    passed = factor;
+    // X spans e^+-60 around the reference: past a ratio of e^80 the row's own part of dW is below the last digit.
+    const float largest = 5e34f;
+    if (fabsf(at_target) > largest * fabsf(factor)) passed = at_target / largest;
+    ratio = at_target == 0.f ? 0.f : at_target / passed;
+  }
+  p.factor[slot] = passed;
+  p.input_factor[slot] = p.scale * factor;
+  p.target_factor[slot] = p.scale * at_target;
+  p.ratio[slot] = ratio;
+}
+
+// One block a packed row.
+extern "C" __global__ void __launch_bounds__(256) scale_rows_bf16(const __grid_constant__ ScaleParams p) {
+  const GatherParams& g = p.gather;
+  const int slot = blockIdx.x, count = live_count(g.list);
+  if (slot >= zeroed_rows(count, g.padded)) return;
+  bf16* out = (bf16*)g.packed + slot * g.pitch;
+  if (slot >= count) {
+    for (int d = threadIdx.x; d < g.pitch; d += blockDim.x) out[d].bits = 0;
+    return;
+  }
+  const bf16* in = row_of<bf16>(g.source, row_at(g.list, slot));
+  const float factor = p.scale * p.factor[slot];
+  if (g.source.feature_stride == 1 && (u64)in % 16 == 0 && (u64)out % 16 == 0 && g.features % 8 == 0) {
+    for (int d = threadIdx.x; d < g.features / 8; d += blockDim.x) {
+      uint4 v = __ldg((const uint4*)in + d);
+      bf16* x = (bf16*)&v;
+#pragma unroll
+      for (int i = 0; i < 8; i++) x[i] = Element<bf16>::from(factor * widen(x[i]));
+      ((uint4*)out)[d] = v;
+    }
+    for (int d = g.features + threadIdx.x; d < g.pitch; d += blockDim.x) out[d].bits = 0;
+  } else {
+    for (int d = threadIdx.x; d < g.pitch; d += blockDim.x)
+      out[d] = d < g.features ? Element<bf16>::from(factor * widen(in[d * g.source.feature_stride])) : bf16{0};
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(256) set_targets_bf16(const __grid_constant__ SetTargetsParams p) {
+  const int slot = blockIdx.x * 256 + threadIdx.x;
+  if (slot >= live_count(p.list) || p.target[slot] < 0) return;
+  ((bf16*)p.x)[slot * p.pitch + p.target[slot]] = Element<bf16>::from(p.value ? p.value[slot] : 0.f);
+}
+
+namespace {
+
+// One block a row of the target.
+template <class T>
+__device__ __forceinline__ void unpack(const UnpackParams& p) {
+  const i64 row = blockIdx.x;
+  const int slot = p.list.slots ? p.list.slots[row] : (int)row;
+  T* out = const_cast<T*>(row_of<T>(p.target, row));
+  const bf16* in = (const bf16*)p.packed + slot * p.pitch;
+  for (int d = threadIdx.x; d < p.features; d += blockDim.x) {
+    T* at = out + d * p.target.feature_stride;
+    const float x = slot < 0 ? 0.f : widen(in[d]);
+    *at = Element<T>::from(p.accumulate ? widen(*at) + x : x);
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256) unpack_rows_bf16(const __grid_constant__ UnpackParams p) { unpack<bf16>(p); }
+extern "C" __global__ void __launch_bounds__(256) unpack_rows_f32(const __grid_constant__ UnpackParams p) { unpack<float>(p); }
