@@ -113,7 +113,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         return_statistics: bool = False,
     ) -> Any:
         """Compute the loss of input (..., D) and target."""
-        linear_weight, linear_bias = self.linear.weight, self.linear.bias
+        linear_weight: Tensor = self.linear.weight
+        linear_bias: Tensor | None = self.linear.bias
         if self.out_features:
             shape = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape(*shape, self.linear.in_features)

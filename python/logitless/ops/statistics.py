@@ -365,33 +365,27 @@ def _first_occurrence(ids: Tensor) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool).scatter(-1, order[..., 1:], fresh)
 
 
-def _flatten(s: RowStatistics) -> tuple[list[Any], Any]:
-    children = [*s._values.values(), s._ids, s._vectors, s._target_weight]
-    context = (
-        tuple(s._values),
-        s._reading,
-        s._classes,
-        s._several,
-        s._ignore_index,
-        s._route,
+def _flatten(s: RowStatistics) -> tuple[list[Tensor], Any]:
+    extras = {"ids": s._ids, "vectors": s._vectors, "target_weight": s._target_weight}
+    present = {name: tensor for name, tensor in extras.items() if tensor is not None}
+    constants = (
+        ("reading", s._reading),
+        ("classes", s._classes),
+        ("several", s._several),
+        ("ignore_index", s._ignore_index),
+        ("route", s._route),
     )
-    return children, context
+    context = (tuple(s._values), tuple(present), constants)
+    return [*s._values.values(), *present.values()], context
 
 
 def _unflatten(children: Any, context: Any) -> RowStatistics:
-    names, reading, classes, several, ignore_index, route = context
-    *values, ids, vectors, target_weight = children
-    return RowStatistics(
-        dict(zip(names, values, strict=True)),
-        reading=reading,
-        classes=classes,
-        ids=ids,
-        several=several,
-        ignore_index=ignore_index,
-        vectors=vectors,
-        target_weight=target_weight,
-        route=route,
-    )
+    names, present, constants = context
+    children = list(children)
+    extras = dict.fromkeys(("ids", "vectors", "target_weight"))
+    extras.update(zip(present, children[len(names) :], strict=True))
+    values = dict(zip(names, children, strict=False))
+    return RowStatistics(values, **extras, **dict(constants))
 
 
 torch.utils._pytree.register_pytree_node(

@@ -365,4 +365,4 @@ def _unflatten(name: str, value: NDArray[Any], shape: tuple[int, ...], target: A
     columns = value.shape[1:]
     if name == "target" and np.ndim(target) == len(shape):
         columns = ()
-    return value.reshape(*shape, *columns)
+    return value.reshape((*shape, *columns))
