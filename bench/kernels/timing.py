@@ -1,0 +1,122 @@
+"""Times single kernels beside cuBLAS, in two regimes.
+
+``python bench/kernels/timing.py --kernels target/kernels 8192,4096,128256 ...`` prints for each
+shape N, D, V the median of launches *interleaved* in random order, and the time of each item
+*sustained*, alone for half a second: a power-limited card ranks kernels differently in the two (an
+item that burns more power slows only itself down in the second).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from device import Kernels, Launch
+
+DEVICE = "cuda"
+PLANES = {"online_rest": 2, "online": 3, "statistics": 7, "store_exp": 1}
+
+
+Items = dict[str, Callable[[], object]]
+
+
+def items(kernels: Kernels, n: int, d: int, v: int, pattern: str) -> Items:
+    """cuBLAS's three products, and every bf16 kernel whose name contains the pattern."""
+    w = (torch.randn(v, d, device=DEVICE) * (1.5 / math.sqrt(d))).bfloat16()
+    target = torch.randint(0, v, (n,), device=DEVICE)
+    e = torch.randn(n, d, device=DEVICE)
+    e[: n // 2] += 4.0 * w[target[: n // 2]].float()  # half of the rows know their target
+    e = e.bfloat16()
+    z = e @ w.t()
+    rest = torch.cat([rows.float().logsumexp(1) for rows in z.split(256)])
+    coef = torch.zeros(5, n, device=DEVICE)
+    coef[0], coef[4] = 1.0, -1.0
+    x, de, dw = (e.new_empty(shape) for shape in ((n, v), (n, d), (v, d)))
+    de32, dw32 = torch.empty(n, d, device=DEVICE), torch.empty(v, d, device=DEVICE)
+    part = torch.empty(7, -(-v // 64), n, device=DEVICE)
+    # The shift that the library uses: a row drops less than 2^-10 of its probability.
+    shift = 116.0 - math.ceil(math.log2(v))
+    logits = {"ref": rest, "target": target.int(), "coef": coef, "shift": shift, "softcap": 30.0}
+    logits |= {"part": part, "part_plane": part.stride(0)}
+    out: Items = {"E Wt": lambda: torch.mm(e, w.t(), out=z)}
+    for name, kernel in kernels.table.items():
+        if kernel["dtype"] != "bf16" or pattern not in name:
+            continue
+        operation = kernel["operation"]
+        if operation in PLANES or operation.startswith("gradient"):
+            store = None if operation in ("online_rest", "online", "statistics") else x
+            out[name] = Launch(kernels, name, (n, v, d), e, w, store, **logits)
+        elif operation.startswith("dw"):
+            result = dw32 if operation.endswith("f32") else dw
+            out[name] = Launch(kernels, name, (v, d, n), x, e, result, ld_row=v)
+        elif operation == "de":
+            hot = {"onehot_w": w, "onehot_g": rest, "onehot_ld": d, "target": target.int()}
+            out[name] = Launch(kernels, name, (n, d, v), x, w, de, coef=coef, **hot)
+        elif operation == "de_f32":
+            out[name] = Launch(kernels, name, (n, d, v), x, w, de32)
+    for name, run in out.items():
+        if name.startswith("gradient_ce_bf16_"):
+            run()  # the products that follow work on a real gradient
+    out["X W"] = lambda: torch.mm(x, w, out=de)
+    out["Xt E"] = lambda: torch.mm(x.t(), e, out=dw)
+    return out
+
+
+def interleaved(table: Items, repeats: int) -> dict[str, float]:
+    """Median milliseconds, items in a new random order each round."""
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {k: [] for k in table}
+    for _ in range(repeats + 2):
+        for name in random.sample(list(table), len(table)):
+            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            first.record()
+            table[name]()
+            last.record()
+            events[name].append((first, last))
+    torch.cuda.synchronize()
+    return {k: statistics.median(a.elapsed_time(b) for a, b in v[2:]) for k, v in events.items()}
+
+
+def sustained(run: Callable[[], object], guess: float, seconds: float = 0.5) -> float:
+    """Milliseconds a launch over the last 60% of half a second."""
+    count = max(6, int(1e3 * seconds / guess))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    skip = int(0.4 * count)
+    return float(events[skip].elapsed_time(events[-1])) / (count - skip)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kernels", type=Path, required=True)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("shapes", nargs="+")
+    arguments = parser.parse_args()
+    kernels = Kernels(arguments.kernels)
+    for shape in arguments.shapes:
+        n, d, v = map(int, shape.split(","))
+        table = items(kernels, n, d, v, arguments.only)
+        first = interleaved(table, arguments.repeats)
+        second = {name: sustained(run, first[name]) for name, run in table.items()}
+        print(f"\n{shape}{'':26s} interleaved ms, /E Wt, TFLOP/s     sustained ms, /E Wt, TFLOP/s")
+        for name in table:
+            cells = []
+            for times in (first, second):
+                ms = times[name]
+                cells.append(f"{ms:9.3f} {ms / times['E Wt']:6.3f} {2e-9 * n * d * v / ms:6.0f}")
+            print(f"{name:36s}", "       ".join(cells), flush=True)
+        table.clear()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
