@@ -5,8 +5,10 @@
 //   MN-major  row k of kRows elements; halves: chunk c at c ^ (k & 7), read by ldmatrix.trans
 //             floats: chunk c at c ^ 2 (k & 3), read word by word: 4 k x 8 mn are 32 different banks
 //
-// Float operands are split into two TF32 numbers, x = high + low exactly to 2^-23: high high + high low + low high keeps fp32's
-// accuracy at a third of the TF32 rate. GemmParams.reserved = 1 asks for the first product alone (torch's "high").
+// Float operands are split into two TF32 numbers, x = high + low exactly to 2^-24: high high + high low + low high keeps fp32's
+// accuracy at a third of the TF32 rate. The tensor core truncates when it adds to an accumulator (3e-5 relative at K = 5000), so the
+// products of a stage, 16 of K, start from zero and are added to the accumulators by ordinary rounded additions.
+// GemmParams.reserved = 1 asks for the first product alone (torch's "high").
 #pragma once
 #include "logitless/mma/sm90.cuh"
 #include "logitless/params.cuh"
@@ -106,9 +108,11 @@ struct HalfFragment {
 template <class Element>
 struct Sm80Mma {
   using Fragment = HalfFragment;
+  static constexpr bool kSeparate = false;
 
   template <int kM, int kN>
-  static __device__ __forceinline__ void product(float (&acc)[kM][8 * kN], const Fragment (&a)[kM], const Fragment (&b)[kN], bool) {
+  static __device__ __forceinline__ void product(float (&acc)[kM][8 * kN], const Fragment (&a)[kM], const Fragment (&b)[kN], bool,
+                                                 bool) {
 #pragma unroll
     for (int i = 0; i < kM; i++)
 #pragma unroll
@@ -123,6 +127,7 @@ struct Sm80Mma {
 template <>
 struct Sm80Mma<F32> {
   using Fragment = HalfFragment;  // as loaded; split once a step, not once a product
+  static constexpr bool kSeparate = true;
 
   struct Split {
     u32 high[4], low[4];
@@ -130,14 +135,16 @@ struct Sm80Mma<F32> {
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         high[i] = ptx::round_tf32(x[i]);
-        low[i] = __float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i]));
+        low[i] = ptx::round_tf32(__float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i])));
       }
     }
   };
 
+  // first: acc is overwritten.
   template <int kM, int kN>
   static __device__ __forceinline__ void product(float (&acc)[kM][8 * kN], const Fragment (&a)[kM], const Fragment (&b)[kN],
-                                                 bool single) {
+                                                 bool single, bool first) {
+    const float zero[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < kM; i++) {
       const Split left(a[i].bits);
@@ -147,11 +154,10 @@ struct Sm80Mma<F32> {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
           float* d = &acc[i][8 * j + 4 * h];
-          if (!single) {  // small products first
-            ptx::mma_tf32(d, left.low, right.high[2 * h], right.high[2 * h + 1]);
-            ptx::mma_tf32(d, left.high, right.low[2 * h], right.low[2 * h + 1]);
-          }
-          ptx::mma_tf32(d, left.high, right.high[2 * h], right.high[2 * h + 1]);
+          ptx::mma_tf32(d, first ? zero : d, left.high, right.high[2 * h], right.high[2 * h + 1]);
+          if (single) continue;
+          ptx::mma_tf32(d, d, left.low, right.high[2 * h], right.high[2 * h + 1]);
+          ptx::mma_tf32(d, d, left.high, right.low[2 * h], right.low[2 * h + 1]);
         }
       }
     }

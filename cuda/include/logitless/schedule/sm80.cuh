@@ -80,6 +80,7 @@ struct Sm80Gemm {
     Fragments f[2];
     read(f[0], shared, at, 0);
     int stage = 0, free = kStages - 1;
+    [[maybe_unused]] float block[kFragmentsM][kWarpN / 2];  // products of one stage (kSeparate)
 #pragma unroll 1
     for (int kb = 0; kb < blocks; kb++) {
       fill(kb + kStages - 1, free);
@@ -94,7 +95,14 @@ struct Sm80Gemm {
           __syncthreads();
           read(f[0], shared + next * kStageBytes, at, 0);  // past the last block: stale, unused
         }
-        Mma::template product<kFragmentsM, kFragmentsN>(acc, f[s].a, f[s].b, single);
+        if constexpr (Mma::kSeparate) Mma::template product<kFragmentsM, kFragmentsN>(block, f[s].a, f[s].b, single, s == 0);
+        else Mma::template product<kFragmentsM, kFragmentsN>(acc, f[s].a, f[s].b, single, false);
+      }
+      if constexpr (Mma::kSeparate) {
+#pragma unroll
+        for (int i = 0; i < kFragmentsM; i++)
+#pragma unroll
+          for (int j = 0; j < kWarpN / 2; j++) acc[i][j] += block[i][j];
       }
       stage = next;
     }
