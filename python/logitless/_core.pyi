@@ -8,7 +8,32 @@ Every call releases the GIL.
 """
 
 from collections.abc import Sequence
-from typing import ClassVar, TypeAlias, final
+from typing import Any, ClassVar, TypeAlias, final
+
+__all__ = [
+    "CudaPlan",
+    "Plan",
+    "Spec",
+    "__version__",
+    "backward",
+    "cpu_level",
+    "cpu_levels",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "cuda_available",
+    "cuda_backward",
+    "cuda_describable",
+    "cuda_forward",
+    "cuda_info",
+    "cuda_plan",
+    "cuda_warm_up",
+    "forward",
+    "get_num_threads",
+    "last_workspace_bytes",
+    "logsumexp_pairs",
+    "plan",
+    "set_num_threads",
+]
 
 _Tensor: TypeAlias = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
@@ -43,7 +68,7 @@ class Spec:
         cls,
         statistics: Sequence[str],
         *,
-        powers: Sequence[float] = (),
+        powers: Sequence[float] = ...,
         vectors: int = 0,
         topk: int = 0,
         targets: int = 0,
@@ -69,8 +94,9 @@ class Spec:
 
         ``columns`` is 0 for an output of shape (N,) and c for one of shape (N, c).
         """
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[tuple[str, ...]], dict[str, object]]: ...
 
 @final
 class Plan:
@@ -94,7 +120,7 @@ class Plan:
     @property
     def parts(self) -> dict[str, int]:
         """Named shares of the bytes above."""
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     __hash__: ClassVar[None]  # type: ignore[assignment]
 
 def plan(
@@ -359,3 +385,146 @@ def set_num_threads(threads: int) -> None:
 
 def get_num_threads() -> int:
     """Tell how many threads an engine call uses by default."""
+
+@final
+class CudaPlan:
+    """Bytes and chunks of one forward and backward on a device: made by `cuda_plan`, picklable."""
+
+    @property
+    def forward_bytes(self) -> int:
+        """Workspace of a forward, to be allocated by the caller."""
+    @property
+    def backward_bytes(self) -> int:
+        """Workspace of a backward, to be allocated by the caller."""
+    @property
+    def store_bytes(self) -> int:
+        """What is kept from the forward to the backward, in the caller's memory."""
+    @property
+    def threads_bytes(self) -> int:
+        """Zero: a GPU has no scratch of threads."""
+    @property
+    def workspace_bytes(self) -> int:
+        """Everything held at once at the worst moment."""
+    @property
+    def parts(self) -> dict[str, int]:
+        """Named shares of the larger workspace."""
+    @property
+    def mode(self) -> str:
+        """``fused``, ``stored`` (exponentials kept for the backward) or ``tiled``."""
+    @property
+    def chunks(self) -> tuple[int, int]:
+        """Classes of a chunk of the forward and of the backward."""
+    def __eq__(self, other: object, /) -> bool: ...
+    __hash__: ClassVar[None]  # type: ignore[assignment]
+
+def cuda_plan(
+    spec: Spec,
+    rows: int,
+    features: int,
+    classes: int,
+    dtype: int,
+    memory: int,
+    gradients: int,
+    contiguous: bool = True,
+    device: int = 0,
+) -> CudaPlan:
+    """Size the workspaces of a call on a device; a pure function of its arguments and the device.
+
+    The arguments are those of `plan`, with ``contiguous = cuda_describable(weight)``.
+    """
+
+def cuda_forward(
+    spec: Spec,
+    input: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    ids: _Tensor | None,
+    ignore_index: int | None,
+    logit_scale: float,
+    softcap: float,
+    vectors: _Tensor | None,
+    dense: _Tensor | None,
+    outputs: tuple[_Tensor, ...],
+    store: _Tensor | None,
+    plan: CudaPlan,
+    threads: int,
+    device: int,
+    stream: int,
+    workspace: _Tensor,
+) -> None:
+    """Enqueue a forward; the arguments up to `threads` are those of `forward`, on the device.
+
+    An id out of range makes its row nan.
+
+    Parameters
+    ----------
+    device
+        Ordinal of the CUDA device.
+    stream
+        Handle of the stream; 0 is the legacy default stream.
+    workspace
+        ``plan.forward_bytes`` bytes (uint8) of the device, aligned to 256.
+
+    Raises
+    ------
+    RuntimeError
+        No driver, no device, or a failed launch.
+    """
+
+def cuda_backward(
+    spec: Spec,
+    input: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
+    ids: _Tensor | None,
+    ignore_index: int | None,
+    logit_scale: float,
+    softcap: float,
+    vectors: _Tensor | None,
+    dense: _Tensor | None,
+    saved: tuple[_Tensor, ...],
+    cotangents: tuple[_Tensor | None, ...],
+    store: _Tensor | None,
+    d_input: _Tensor | None,
+    d_weight: _Tensor | None,
+    d_bias: _Tensor | None,
+    d_scale: _Tensor | None,
+    d_dense: _Tensor | None,
+    accumulate_input: bool,
+    plan: CudaPlan,
+    threads: int,
+    device: int,
+    stream: int,
+    workspace: _Tensor,
+    accumulate_weight: bool = False,
+) -> None:
+    """Enqueue a backward; the arguments up to `threads` are those of `backward`, on the device.
+
+    Parameters
+    ----------
+    device, stream
+        As for `cuda_forward`.
+    workspace
+        ``plan.backward_bytes`` bytes (uint8) of the device, aligned to 256.
+    accumulate_weight
+        Add to `d_weight` instead of overwriting it; needs the acc dtype.
+    """
+
+def cuda_describable(weight: _Tensor) -> bool:
+    """Tell whether tensor cores read a weight in place: what `cuda_plan` calls contiguous."""
+
+def cuda_available() -> bool:
+    """Tell whether CUDA tensors can be used: kernels, a driver and a device."""
+
+def cuda_info() -> dict[str, Any]:
+    """Driver, devices and images, and the reason when CUDA tensors cannot be used.
+
+    Returns
+    -------
+    dict
+        ``reason`` (empty when they can), ``driver``, ``devices`` (a list of dicts with name,
+        capability, multiprocessors, images) and ``images`` (target, kernels, bytes).
+    """
+
+def cuda_warm_up(device: int) -> None:
+    """Load every kernel of a device, so that a graph capture finds nothing left to load."""

@@ -4,7 +4,7 @@
 //! CuPy, costs a fraction of a microsecond to read, and needs no Python newer than the abi3 floor.
 //! Python keeps every array alive for the duration of the call; nothing here outlives it.
 
-use logitless_core::{DType, MAX_RANK, Strided, Tensor};
+use logitless_core::{DType, MAX_RANK, Memory, Strided, Tensor};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -68,6 +68,19 @@ pub fn dtype(code: u8) -> PyResult<DType> {
     DType::from_code(code).ok_or_else(|| {
         PyValueError::new_err(format!("dtype code {code} is not one of the codes 0 to 5"))
     })
+}
+
+/// What `memory` stands for: -1 lean, -2 fast, else the bytes that may be kept.
+pub fn memory(code: i64) -> PyResult<Memory> {
+    match code {
+        -1 => Ok(Memory::Lean),
+        -2 => Ok(Memory::Fast),
+        bytes => usize::try_from(bytes).map(Memory::Bytes).map_err(|_| {
+            PyValueError::new_err(format!(
+                "memory = {bytes}; expected -1 (lean), -2 (fast) or a number of bytes"
+            ))
+        }),
+    }
 }
 
 /// Up to `MAX_RANK` integers of a tuple, without a heap allocation.

@@ -5,7 +5,7 @@
 
 use logitless_core as core;
 use logitless_gpu as gpu;
-use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
@@ -64,15 +64,7 @@ pub fn cuda_plan(
     let spec = spec.get().clone();
     let question =
         Question { rows, features, classes, dtype, memory, gradients, contiguous, device };
-    let memory = match memory {
-        -1 => core::Memory::Lean,
-        -2 => core::Memory::Fast,
-        bytes => core::Memory::Bytes(usize::try_from(bytes).map_err(|_| {
-            PyValueError::new_err(format!(
-                "memory must be -1 (lean), -2 (fast) or a number of bytes, got {bytes}"
-            ))
-        })?),
-    };
+    let memory = crate::args::memory(memory)?;
     let dtype = crate::args::dtype(dtype)?;
     let plan =
         gpu::plan(&spec.0, rows, features, classes, dtype, memory, gradients, contiguous, device)

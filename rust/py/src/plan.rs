@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 
 use logitless_core as core;
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{IntoPyDict, PyDict};
 
-use crate::args::dtype;
+use crate::args::{dtype, memory};
 use crate::errors::to_python;
 use crate::spec::Spec;
 
@@ -54,22 +53,13 @@ pub fn plan(
 
 impl Question {
     fn answer(&self, spec: &Spec) -> PyResult<core::Plan> {
-        let memory = match self.memory {
-            -1 => core::Memory::Lean,
-            -2 => core::Memory::Fast,
-            bytes => core::Memory::Bytes(usize::try_from(bytes).map_err(|_| {
-                PyValueError::new_err(format!(
-                    "memory must be -1 (lean), -2 (fast) or a number of bytes, got {bytes}"
-                ))
-            })?),
-        };
         core::plan(
             &spec.0,
             self.rows,
             self.features,
             self.classes,
             dtype(self.dtype)?,
-            memory,
+            memory(self.memory)?,
             self.gradients,
             self.contiguous,
         )
