@@ -46,6 +46,8 @@ class Contender:
         Returns why it cannot be used on this machine, or None.
     asked : bool
         Measured only when named: it computes something else than the mean cross entropy.
+    specialised : bool
+        Compiled anew for every shape, so that only a warm-up at full size warms it up.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Contender:
     dtypes: frozenset[str] = frozenset()
     missing: Callable[[], str | None] = _always
     asked: bool = False
+    specialised: bool = False
 
     def unavailable(self, case: Case) -> str | None:
         """Why it cannot run this case, or None."""
@@ -213,6 +216,7 @@ _LISTED: tuple[Contender, ...] = (
         "compile",
         "torch.compile of eager",
         missing=_has_compiler,
+        specialised=True,
         build=_compiled,
     ),
     FromLoss(
