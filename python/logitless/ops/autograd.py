@@ -13,7 +13,7 @@ from logitless.ops import custom_ops, engine
 from logitless.ops.double_backward import double_backward
 from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call, Tensors
 
-__all__ = ["gradient_mask", "statistics"]
+__all__ = ["gradient_mask", "in_forward_mode", "statistics"]
 
 Tensor = torch.Tensor
 Optional = torch.Tensor | None
@@ -36,11 +36,16 @@ def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """Compute the core's fields of a call, differentiably, by whichever way the context needs."""
     if custom_ops.needed(*tensors):
         return custom_ops.statistics(call, tensors)
-    transformed = torch._C._are_functorch_transforms_active()
-    if call.gradients or transformed:
-        op = _Transformed if transformed else _RowStatistics
-        return op.apply(*tensors, call)[:-1]  # type: ignore[no-any-return]
+    if torch._C._are_functorch_transforms_active():
+        return _Transformed.apply(*tensors, call)[:-1]  # type: ignore[no-any-return]
+    if call.gradients or in_forward_mode():
+        return _RowStatistics.apply(*tensors, call)[:-1]  # type: ignore[no-any-return]
     return engine.forward(call, tensors)[0]
+
+
+def in_forward_mode() -> bool:
+    """Tell whether tensors may carry tangents, which must not be dropped silently."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 class _Refusals(torch.autograd.Function):
@@ -78,13 +83,11 @@ class _RowStatistics(_Refusals):
     @staticmethod
     def backward(ctx: Any, *cotangents: Any) -> tuple[Optional, ...]:
         """Recompute tiles, or differentiate the recomputation if a graph of it is wanted."""
-        tensors = Tensors(*ctx.saved_tensors[:7])
-        *fields, store = ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: checkpointing recomputes on each access
+        tensors, fields, store = Tensors(*saved[:7]), saved[7:-1], saved[-1]
         wanted = sum(b for b, need in zip(_BITS, ctx.needs_input_grad[:5], strict=True) if need)
         if not torch.is_grad_enabled():
-            gradients = engine.backward(
-                ctx.call, wanted, tensors, store, tuple(fields), cotangents[:-1]
-            )
+            gradients = engine.backward(ctx.call, wanted, tensors, store, fields, cotangents[:-1])
         else:
             gradients = _RowStatisticsBackward.apply(
                 *tensors, store, ctx.call, wanted, *fields, *cotangents[:-1]
@@ -124,7 +127,7 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 class _RowStatisticsBackward(_Refusals):
-    """The backward as a function of the inputs and the cotangents, differentiable once."""
+    """The backward as a function of the inputs and the cotangents."""
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Optional, ...]:
@@ -141,13 +144,39 @@ class _RowStatisticsBackward(_Refusals):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *directions: Optional) -> tuple[Optional, ...]:
-        """Differentiate twice by dense torch on chunks of rows."""
-        tensors = Tensors(*ctx.saved_tensors[:7])
-        rest = ctx.saved_tensors[7:]
+    def backward(ctx: Any, *directions: Any) -> tuple[Optional, ...]:
+        """Differentiate twice."""
+        saved = ctx.saved_tensors
+        count = (len(saved) - 7) // 2
+        results = _SecondDerivative.apply(ctx.call, *saved, *directions)
+        return (*results[:5], *(None,) * (5 + count), *results[5:])
+
+
+class _SecondDerivative(_Refusals):
+    """Dense torch on chunks of rows; a node of its own, so that a third derivative is refused.
+
+    `once_differentiable` would not do: its error is not on the way from a result to the inputs, and
+    a third derivative would silently be partial.
+    """
+
+    @staticmethod
+    def forward(call: Call, *arguments: Any) -> tuple[Optional, ...]:
+        """Return the gradients of (input, weight, bias, scale, dense), then of the cotangents."""
+        rest = arguments[7:-5]
         count = len(rest) // 2
         gradients, cotangents = double_backward(
-            ctx.call, tensors, rest[:count], rest[count:], directions
+            call, Tensors(*arguments[:7]), rest[:count], rest[count:], arguments[-5:]
         )
-        return (*gradients, None, None, None, None, None, *(None,) * count, *cotangents)
+        return (*gradients, *cotangents)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Keep nothing."""
+
+    @staticmethod
+    def backward(ctx: Any, *directions: Any) -> Any:
+        """Refuse the third derivative."""
+        raise NotImplementedError(
+            "logitless has no third derivatives: two create_graph=True are the limit; "
+            "torch.nn.functional.cross_entropy on the logits has all of them"
+        )

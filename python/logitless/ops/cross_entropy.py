@@ -38,6 +38,7 @@ def applies(geometry: Geometry, *tensors: Optional) -> bool:
         and geometry.rows > 0
         and not custom_ops.needed(*tensors)
         and not torch._C._are_functorch_transforms_active()
+        and not autograd.in_forward_mode()
     )
 
 

@@ -208,7 +208,8 @@ def _setup_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, cotangents: list[Optional]) -> tuple[Any, ...]:
-    inputs, outputs = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    saved = ctx.saved_tensors  # once: checkpointing recomputes on each access
+    inputs, outputs = saved[:7], saved[7:]
     fields = outputs[: ctx.count]
     store = outputs[ctx.count] if len(outputs) > ctx.count else None
     wanted = [bool(need) for need in ctx.needs_input_grad[:5]]

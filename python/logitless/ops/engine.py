@@ -300,8 +300,8 @@ def _plan(call: Call, device: torch.device, weight: Handle) -> Any:
         weight[2][1],
         weight[2][0],
         torch_code(call.dtype),
-        # The store belongs to one head: a head with extra dimensions recomputes. So does a softcap on
-        # CUDA, whose store keeps exponentials and not logits.
+        # The store belongs to one head: a head with extra dimensions recomputes. So does a softcap
+        # on CUDA, whose store keeps exponentials and not logits.
         -1 if call.positions or (call.softcap and device.type == "cuda") else call.memory,
         call.gradients,
     )
