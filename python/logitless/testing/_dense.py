@@ -108,23 +108,32 @@ class DenseHead:
         rows = dz.reshape(-1, *self.extra, self.classes)
         return np.moveaxis(rows, -1, 1).reshape(-1, self._weight.shape[0])
 
-    def gradients(self, dz: Floats) -> dict[str, Floats]:
+    def gradients(self, dz: Floats, *, magnitudes: bool = False) -> dict[str, Floats]:
         """Carry ∂L/∂z (rows, V) to ``input``, ``linear_weight``, ``linear_bias``, ``logit_scale``.
 
         A zero of `dz` contributes exactly zero, also where the logit is infinite.
+
+        Parameters
+        ----------
+        dz : (rows, V)
+        magnitudes : bool
+            Return the sums of the absolute values of the terms instead: what the rounding errors
+            of a gradient are relative to, however much of it cancels.
         """
+        size = np.abs if magnitudes else np.asarray
+        scale, weight = size(self._scale), size(self._weight)
         with np.errstate(all="ignore"):
             dx = dz
             if self._softcap is not None:
                 dx = dz * (1.0 - (self.z / self._softcap) ** 2)
-            dx = self._from_rows(np.where(dz == 0.0, 0.0, dx))
+            dx = size(self._from_rows(np.where(dz == 0.0, 0.0, dx)))
+            # A row without a gradient is not read: it may hold anything.
+            read = np.where((dx != 0.0).any(axis=1)[:, None], size(self._input), 0.0)
             d_input: Floats = np.zeros(self._input_shape)
             kept = d_input[..., : d_input.shape[-2] - self._shift, :] if self._shift else d_input
-            kept[...] = (self._scale * (dx @ self._weight)).reshape(kept.shape)
-            # A row without a gradient is not read: it may hold anything.
-            read = np.where((dx != 0.0).any(axis=1)[:, None], self._input, 0.0)
-            d_weight = (self._scale * (dx.T @ read)).reshape(self._weight_shape)
-            d_scale = np.where(dx == 0.0, 0.0, dx * self._product).sum()
+            kept[...] = (scale * (dx @ weight)).reshape(kept.shape)
+            d_weight = (scale * (dx.T @ read)).reshape(self._weight_shape)
+            d_scale = np.where(dx == 0.0, 0.0, dx * size(self._product)).sum()
         d_bias: Floats = np.asarray(dx.sum(axis=0))
         if self._bias_shape is not None:
             d_bias = d_bias.reshape(self._bias_shape)

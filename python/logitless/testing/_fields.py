@@ -300,6 +300,7 @@ def row_statistics(
     vjp : callable
         ``vjp(rest=g, entropy=h, ...)`` takes cotangents of the fields' shapes and returns the
         gradients ``input``, ``linear_weight``, ``linear_bias``, ``logit_scale`` (and ``dense``).
+        With ``magnitudes=True``: the sums of their terms' absolute values, the scale of rounding.
     """
     head = DenseHead(
         input, linear_weight, linear_bias, logit_scale=logit_scale, softcap=softcap, shift=shift
@@ -335,7 +336,7 @@ def row_statistics(
         value[~rows.kept] = -1 if value.dtype.kind == "i" else 0
         stats[name] = _unflatten(name, value, head.shape, target)
 
-    def vjp(**cotangents: Any) -> dict[str, Floats]:
+    def vjp(*, magnitudes: bool = False, **cotangents: Any) -> dict[str, Floats]:
         dz = np.zeros(head.z.shape)
         d_dense = np.zeros(head.z.shape)
         for name, cotangent in cotangents.items():
@@ -352,7 +353,7 @@ def row_statistics(
                     d_dense += g[:, None] * rows.z
         dz[~rows.kept] = 0.0
         d_dense[~rows.kept] = 0.0
-        gradients = head.gradients(dz)
+        gradients = head.gradients(dz, magnitudes=magnitudes)
         if q is not None:
             gradients["dense"] = d_dense.reshape(*head.shape, -1)
         return gradients
