@@ -15,7 +15,7 @@ use crate::call::Problem;
 use crate::element::Real;
 use crate::error::Result;
 use crate::kernel::{Isa, Kernel, LANES, Product, Vectorize};
-use crate::layout::{Forward, Sizes, Tiling};
+use crate::layout::{self, Forward, Sizes, Tiling};
 use crate::operands::{ClassVector, DensePanel, Ids, Input, Matrix, Vectors};
 use crate::plan::Plan;
 use crate::pool::{self, Stage};
@@ -102,11 +102,6 @@ pub(crate) struct Left<T> {
     pub row: usize,
 }
 
-/// K that one product goes through: its right operand, 32 KiB, stays in the first-level cache.
-pub(crate) const fn product_depth<T>() -> usize {
-    (32 << 10) / (LANES * size_of::<T>())
-}
-
 /// `z[class][32] = W Eᵀ` for some classes and one panel.
 ///
 /// # Safety
@@ -119,7 +114,7 @@ pub(crate) unsafe fn products<K: Kernel>(
     panel: *const K::Operand,
     z: *mut K::Acc,
 ) {
-    let most = product_depth::<K::Operand>();
+    let most = layout::depth(size_of::<K::Operand>());
     for first in (0..depth).step_by(most) {
         let product = Product {
             m: classes,

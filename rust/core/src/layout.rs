@@ -13,6 +13,10 @@ const TILE: usize = 128;
 const LINE: usize = 64;
 /// Panels of a row group: 1024 rows, so that `W` is streamed once for each 1024.
 const GROUP: usize = 32;
+/// The same for a backward with classes outside, where shorter groups leave room for more classes.
+const INNER_GROUP: usize = 16;
+/// Bytes of right operand that one product goes through: they stay in the first-level cache.
+const OPERAND: usize = 32 << 10;
 /// Class chunks of the forward: enough for many threads, few enough to keep states small.
 const CHUNKS: usize = 64;
 /// Bytes that the states of a row group may take before its rows are cut.
@@ -84,6 +88,11 @@ impl Tiling {
         }
         same && !(features * kernels.operand).is_multiple_of(4096)
     }
+}
+
+/// K that one product goes through, for operands of some bytes.
+pub(crate) const fn depth(operand: usize) -> usize {
+    OPERAND / (LANES * operand)
 }
 
 fn least_common_multiple(a: usize, b: usize) -> usize {
@@ -171,8 +180,10 @@ pub(crate) struct Backward {
     pub rows_outer: bool,
     /// Panels of a row group.
     pub group: usize,
-    /// Blocks of a class super-block; even, so that blocks pair up in the same way in all of them.
+    /// Blocks of a class super-block, a multiple of `pieces`: blocks join in the same way in all.
     pub chunk: usize,
+    /// Blocks that one product of dE goes through.
+    pub pieces: usize,
     /// Panels of a task of dE.
     pub span: usize,
     /// Features of a task of dE.
@@ -215,19 +226,26 @@ impl Backward {
     /// Super-blocks and tasks depend on the number of threads; the order of no sum does.
     pub(crate) fn new(sizes: &Sizes, threads: usize) -> Self {
         let blocks = Self::blocks_of_thread(sizes) * threads;
-        Self::with_chunk(sizes, blocks.next_multiple_of(2), threads)
+        Self::with_chunk(sizes, blocks.next_multiple_of(Self::pieces(sizes)), threads)
     }
 
     /// Bytes that one more thread adds to the shared regions, at most.
     pub(crate) fn growth(sizes: &Sizes) -> usize {
+        let blocks = Self::blocks_of_thread(sizes);
+        let first = blocks.next_multiple_of(Self::pieces(sizes));
         let bytes = |chunk| Self::with_chunk(sizes, chunk, 1).shared_bytes;
-        let blocks = Self::blocks_of_thread(sizes).next_multiple_of(2);
-        bytes(2 * blocks).saturating_sub(bytes(blocks))
+        bytes(first + blocks) - bytes(first)
+    }
+
+    /// Blocks that one product of dE goes through.
+    fn pieces(sizes: &Sizes) -> usize {
+        (depth(sizes.kernels.operand) / sizes.tiling.padded_block).max(1)
     }
 
     /// Panels of a row group.
     fn group(sizes: &Sizes) -> usize {
-        sizes.rows.div_ceil(LANES).clamp(1, GROUP)
+        let most = if sizes.same_type { GROUP } else { INNER_GROUP };
+        sizes.rows.div_ceil(LANES).clamp(1, most)
     }
 
     /// Class blocks that each thread adds to a super-block.
@@ -270,6 +288,7 @@ impl Backward {
             rows_outer,
             group,
             chunk,
+            pieces: Self::pieces(sizes),
             span: group.div_ceil(spans),
             features: features.div_ceil(feature_tasks).next_multiple_of(16),
             strips,

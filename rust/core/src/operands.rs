@@ -33,7 +33,9 @@ impl<E: Copy> Input<E> {
     /// First element of a row.
     #[inline]
     pub(crate) fn row(&self, row: usize) -> *mut E {
-        let (outer, inner) = (row / self.inner, row % self.inner);
+        // Divisions are slow, and the outer axis mostly has size one.
+        let (outer, inner) =
+            if row < self.inner { (0, row) } else { (row / self.inner, row % self.inner) };
         self.start.wrapping_offset(outer as isize * self.steps[0] + inner as isize * self.steps[1])
     }
 

@@ -1,7 +1,7 @@
 //! dE: features and panels of `dEᵀ[feature][32 rows] += Wᵀ dz`, cell after cell.
 
 use super::{Cell, Pass, write};
-use crate::forward::{Left, in_place, product_depth};
+use crate::forward::{Left, in_place};
 use crate::kernel::{Kernel, LANES, Product};
 
 /// A left operand with its steps: columns of `W`.
@@ -50,12 +50,10 @@ impl<K: Kernel> Pass<'_, K> {
         }
     }
 
-    /// How many blocks from `block` on go through one product: whole ones adjoin in dz. Super-blocks
-    /// are even, so blocks pair up in the same way whatever the number of threads.
+    /// How many blocks from `block` on go through one product: whole ones adjoin in dz.
     fn pieces(&self, block: usize, end: usize) -> usize {
-        let most = (product_depth::<K::Operand>() / self.tiling.padded_block).clamp(1, 2);
         let whole = (block..end).take_while(|&block| self.classes(block).1 == self.tiling.block);
-        whole.take(most).count().max(1)
+        whole.take(self.layout.pieces).count().max(1)
     }
 
     /// Columns of `W` from a feature on, for the classes of a block and those that follow.

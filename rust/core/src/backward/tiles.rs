@@ -2,9 +2,10 @@
 
 use super::{Cell, Pass, Space, write};
 use crate::element::Real;
-use crate::forward::{Left, in_place, left, product_depth, products};
+use crate::forward::{Left, in_place, left, products};
 use crate::gradient::{Coefficients, GradientTile};
-use crate::kernel::{Isa, Kernel, LANES, Product, Vectorize};
+use crate::kernel::{Isa, Kernel, LANES, Product, Vectorize, prefetch};
+use crate::layout::depth;
 use crate::operands::{ClassVector, DensePanel};
 use crate::rows::within;
 use crate::tensor::Tensor;
@@ -161,7 +162,7 @@ impl<K: Kernel> Pass<'_, K> {
         } else {
             space.strip
         };
-        let most = (product_depth::<K::Operand>() / LANES).min(self.layout.group);
+        let most = (depth(size_of::<K::Operand>()) / LANES).min(self.layout.group);
         for panel in panels.clone().step_by(most) {
             let pieces = most.min(panels.end - panel);
             let product = Product {
@@ -211,6 +212,15 @@ impl<K: Kernel> Pass<'_, K> {
             let out = space.strip_pieces.wrapping_add(piece * LANES * LANES);
             // SAFETY: the thread's own space has room for a group of panels.
             unsafe { self.pack_strip(strip, panel + piece, out) };
+        }
+        if strip + 1 < self.layout.strips {
+            // Rows lie far apart: have those of the next strip on their way meanwhile.
+            for piece in 0..pieces {
+                for row in self.rows.panel(panel + piece) {
+                    let feature = ((strip + 1) * LANES) as isize * self.operands.input.step();
+                    prefetch(self.operands.input.row(row).wrapping_offset(feature));
+                }
+            }
         }
         space.strip_pieces
     }

@@ -35,6 +35,19 @@ pub(crate) use isa::{Isa, Vectorize};
 /// Rows of a panel, columns of a strip: the width of every packed operand and of every tile.
 pub(crate) const LANES: usize = 32;
 
+/// Asks for the cache line at `p`, which need not be valid.
+#[inline(always)]
+pub(crate) fn prefetch<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, and every x86-64 has it.
+    unsafe {
+        use core::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// `C[m][32] (+)= A[m][K] · B[K][32]` with `K = pieces · k`, every pointer valid for what it spans.
 ///
 /// The element `A[i][p·k + j]` is at `a + i·a_row + p·a_piece + j·a_k`; `B` runs on through the
