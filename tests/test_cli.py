@@ -17,6 +17,7 @@ from typer import BadParameter
 from typer.testing import CliRunner
 
 from logitless._core import __version__
+from logitless._extras import available
 from logitless.cli import footprint
 from logitless.cli._app import app
 from logitless.cli._console import bytes_text, parse_bytes, seconds_text
@@ -24,9 +25,7 @@ from logitless.cli.footprint import Head
 
 run = CliRunner().invoke
 
-needs_torch = pytest.mark.skipif(
-    __import__("importlib.util").util.find_spec("torch") is None, reason="torch is not installed"
-)
+needs_torch = pytest.mark.skipif(not available("torch"), reason="torch is not installed")
 
 
 def out(*arguments: str) -> str:
