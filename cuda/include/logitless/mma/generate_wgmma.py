@@ -1,11 +1,12 @@
-"""Writes wgmma.cuh: wgmma m64nNk16, both operands in shared memory, float accumulators, N = 256, 192, 128.
+"""Writes wgmma.cuh: wgmma m64nNk16, both operands in shared memory, N = 256, 192, 128.
 
-python cuda/include/logitless/mma/generate_wgmma.py > cuda/include/logitless/mma/wgmma.cuh
+cd cuda/include/logitless/mma && python generate_wgmma.py > wgmma.cuh
 """
 
 HEADER = """\
-// wgmma.cuh - written by generate_wgmma.py: D[64 x N] (+)= A[64 x 16] B[N x 16]^T, operands in shared memory.
-// TA, TB = 1 when the operand is MN-major there; accumulate = 0 overwrites D (no clearing of 128 registers).
+// wgmma.cuh - written by generate_wgmma.py: D[64 x N] (+)= A[64 x 16] B[N x 16]^T, both operands in
+// shared memory. TA, TB = 1 when the operand is MN-major there; accumulate = 0 overwrites D (no
+// clearing of 128 registers).
 #pragma once
 #include "logitless/ptx/half.cuh"
 

@@ -1,5 +1,6 @@
-// wgmma.cuh - written by generate_wgmma.py: D[64 x N] (+)= A[64 x 16] B[N x 16]^T, operands in shared memory.
-// TA, TB = 1 when the operand is MN-major there; accumulate = 0 overwrites D (no clearing of 128 registers).
+// wgmma.cuh - written by generate_wgmma.py: D[64 x N] (+)= A[64 x 16] B[N x 16]^T, both operands in
+// shared memory. TA, TB = 1 when the operand is MN-major there; accumulate = 0 overwrites D (no
+// clearing of 128 registers).
 #pragma once
 #include "logitless/ptx/half.cuh"
 

@@ -122,7 +122,7 @@ struct Sm90Gemm {
   // Products of one tile. A stage is given back one k-block late, when wait_group 1 says that it has been read, and without ever
   // draining the pipe; lane c of each warp arrives at CTA c.
   static __device__ __forceinline__ void multiply(Accumulators& acc, Position& at, u32 shared, u32 full, u32 empty, int offset,
-                                                  int lane, int k_blocks, int next_turn) {
+                                                  int lane, int k_blocks, int turn) {
     if (k_blocks == 0) {  // no live row: the sum over none
 #pragma unroll
       for (int f = 0; f < kFragments; f++)
@@ -152,7 +152,7 @@ struct Sm90Gemm {
       previous = at.stage;
       at.advance();
     }
-    if (kPingPong) ptx::barrier_arrive(next_turn, 256);  // every product is issued: the other may start
+    if (kPingPong && turn) ptx::barrier_arrive(turn, 256);  // every product is issued: the other may start
     ptx::wgmma_wait<0>();
     touch(acc);
     if (k_blocks > 0 && lane < kCluster) ptx::mbarrier_arrive(empty + 8 * previous, lane);
@@ -165,14 +165,16 @@ struct Sm90Gemm {
     const int offset = kPingPong ? 0 : w * kFragments * kPanelBytes;
     Position at;
     PanelStore<Half, Epilogue::kPanels> store(map_d, shared + kPanels + w * Epilogue::kPanels * kPanelBytes, 2 + w, warp, lane);
+    const int first = ptx::cluster_index();
     if (kPingPong && w == 1) {
       at.skip(k_blocks);
-      ptx::barrier_arrive(kTurn, 256);  // the first turn is warpgroup 0's
+      if (first < total) ptx::barrier_arrive(kTurn, 256);  // the first turn is warpgroup 0's
     }
     Accumulators acc;
-    for (int t = static_cast<int>(ptx::cluster_index()) + (kPingPong ? w * step : 0); t < total; t += (kPingPong ? 2 : 1) * step) {
+    for (int t = first + (kPingPong ? w * step : 0); t < total; t += (kPingPong ? 2 : 1) * step) {
       if (kPingPong) ptx::barrier_sync(kTurn + w, 256);
-      multiply(acc, at, shared, full, empty, offset, lane, k_blocks, kTurn + (w ^ 1));
+      // The turn goes to the next tile's warpgroup, if there is a next tile: every arrival meets a wait.
+      multiply(acc, at, shared, full, empty, offset, lane, k_blocks, t + step < total ? kTurn + (w ^ 1) : 0);
       const Tile tile = tiles(t);
       const int first_row = (tile.row_block * kCluster + rank) * kTileM + (kPingPong ? 0 : w * kFragments * 64);
       for_each_fragment<Epilogue::kRolled>(acc, [&](float (&fragment)[kTileN / 2], int f) {
