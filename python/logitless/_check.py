@@ -90,6 +90,11 @@ def geometry(
     shift
         Position t predicts target t + shift.
     """
+    # Messages print plain tuples, not torch.Size.
+    input_shape, weight_shape = tuple(input_shape), tuple(weight_shape)
+    bias_shape = None if bias_shape is None else tuple(bias_shape)
+    target_shape = None if target_shape is None else tuple(target_shape)
+    target_weight_shape = None if target_weight_shape is None else tuple(target_weight_shape)
     if len(input_shape) < 1:
         raise argument_error(
             "input.shape", input_shape, "at least one dimension, (..., features)", "unsqueeze it"

@@ -80,7 +80,7 @@ def _unpack(input: Tensor, weight: Tensor, ids: Optional, vectors: Optional, *pa
     )
     return Call(
         *parts,
-        fields=stats.core_fields(*parts),
+        fields=stats.core_fields.__wrapped__(*parts),  # sizes may be symbolic: no cache
         rows_shape=rows_shape,
         positions=positions,
         shift=shift,
