@@ -31,7 +31,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             f" library: vocabulary {model['vocabulary']:,}, {training['tokens per step']:,} tokens"
             f" a step, {training['dtype']}, {device(found)}",
         )
-        halves: Any = drawn.subfigures(1, 2, width_ratios=(1.25, 1))
+        halves: Any = drawn.subfigures(1, 2, width_ratios=(1.15, 1))
         loss, side = halves
         curves, gap = loss.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
         draw_loss(curves, found)
@@ -138,12 +138,12 @@ def draw_time(axes: Axes, found: dict[str, Any]) -> None:
         for part, colour in (("head", COLOURS[name]), ("body", BODY), ("optimizer", GRID)):
             width = seconds[part]
             axes.barh(row, width, left=left, color=colour, height=0.6)
-            if part != "optimizer" and width > 0.24 * longest:
-                white = part == "head"
-                note(
-                    axes, left + width / 2, row, f"{part} {seconds_text(width)}", ha="center",
-                    color="white" if white else SOFT, fontsize=8.5,
-                )  # fmt: skip
+            if part != "optimizer" and width > 0.18 * longest:
+                roomy = width > 0.36 * longest
+                text = f"{part} {seconds_text(width)}" if roomy else part
+                shade = "white" if part == "head" else SOFT
+                middle = left + width / 2
+                note(axes, middle, row, text, ha="center", color=shade, fontsize=8.5)
             left += width
         speed = found["runs"][name]["tokens per second"]
         note(axes, left + longest * 0.015, row, f"{speed:,.0f} tok/s", fontweight="bold")
@@ -154,6 +154,6 @@ def label_rows(axes: Axes, longest: float) -> None:
     """Name both rows and leave room for the text behind the bars."""
     axes.set_yticks(range(len(NAMES)), list(NAMES.values()), color=INK)
     axes.invert_yaxis()
-    axes.set_xlim(0, longest * 1.25)
+    axes.set_xlim(0, longest * 1.28)
     bare(axes, keep="left")
     axes.spines["left"].set_visible(False)
