@@ -43,6 +43,7 @@ __device__ __forceinline__ void plain(const PlainParams& p) {
     }
     __syncthreads();
   }
+  const Acc scale = p.scale_at ? *(const Acc*)p.scale_at : (Acc)p.scale;
   const Acc alpha = p.alpha ? *(const Acc*)p.alpha : (Acc)1;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -52,7 +53,7 @@ __device__ __forceinline__ void plain(const PlainParams& p) {
       if (row >= m || column >= p.n) continue;
       Out* at = (Out*)p.d + row * p.d_m + column * p.d_n;
       Acc x = acc[i][j];
-      if (p.logits) x = logit_map(x, (Acc)p.scale, p.bias ? ((const Acc*)p.bias)[column] : (Acc)0, (Acc)p.softcap);
+      if (p.logits) x = logit_map(x, scale, p.bias ? ((const Acc*)p.bias)[column] : (Acc)0, (Acc)p.softcap);
       else x *= alpha;
       *at = Element<Out>::from(p.accumulate ? (Acc)(widen(*at) + x) : x);
     }

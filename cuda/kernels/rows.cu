@@ -99,7 +99,8 @@ extern "C" __global__ void __launch_bounds__(1024) select_rows(const __grid_cons
     if (!(most > 0.f) || most == infinity()) most = 1.f;
     if (lane == 0) {
       const double g = most;
-      *p.scalars = {most, 1.f / most, (float)(g * p.scale), 0.f, g, 1. / g, g * p.scale, 0.};
+      const double scale = !p.scale_at ? p.scale : p.is_double ? *(const double*)p.scale_at : *(const float*)p.scale_at;
+      *p.scalars = {most, 1.f / most, (float)(g * scale), 0.f, g, 1. / g, g * scale, 0.};
     }
   }
 }
@@ -195,7 +196,8 @@ __device__ __forceinline__ void target_logits(const TargetParams& p) {
     }
     for (; d < p.features; d += 32) z += widen(e[d * es]) * widen(w[d * ws]);
     const Acc bias = p.bias.data ? load_any<Acc>(p.bias.data, (int)p.bias.dtype, id * p.bias.row_stride) : (Acc)0;
-    z = logit_map(warp_sum(z), (Acc)p.scale, bias, (Acc)p.softcap);
+    const Acc scale = p.scale_at ? *(const Acc*)p.scale_at : (Acc)p.scale;
+    z = logit_map(warp_sum(z), scale, bias, (Acc)p.softcap);
   }
   if (lane == 0) {
     ((Acc*)p.out)[row * columns + k] = z;

@@ -66,8 +66,9 @@ extern "C" __global__ void __launch_bounds__(256) store_factors(const __grid_con
     ratio = at_target == 0.f ? 0.f : at_target / passed;
   }
   p.factor[slot] = passed;
-  p.input_factor[slot] = p.scale * factor;
-  p.target_factor[slot] = p.scale * at_target;
+  const float scale = p.scale_at ? *p.scale_at : p.scale;
+  p.input_factor[slot] = scale * factor;
+  p.target_factor[slot] = scale * at_target;
   p.ratio[slot] = ratio;
 }
 
@@ -82,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(256) scale_rows_bf16(const __grid_c
     return;
   }
   const bf16* in = row_of<bf16>(g.source, row_at(g.list, slot));
-  const float factor = p.scale * p.factor[slot];
+  const float factor = (p.scale_at ? *p.scale_at : p.scale) * p.factor[slot];
   if (g.source.feature_stride == 1 && (u64)in % 16 == 0 && (u64)out % 16 == 0 && g.features % 8 == 0) {
     for (int d = threadIdx.x; d < g.features / 8; d += blockDim.x) {
       uint4 v = __ldg((const uint4*)in + d);

@@ -27,6 +27,7 @@ struct GemmParams {
   const void* onehot_w; // de: the whole weight (V, N), pitch onehot_ld, to add onehot_g[i] * W[target[i], :] in float
   const float* onehot_g;
   i64 onehot_ld;
+  const float* scale_at; // device: logit_scale; null: `scale`
   int m, n, k;          // extents (upper bounds where count is given)
   int ld_row;           // pitch of per-row planes (part, coef), >= m
   int col0;             // class of column 0 of this launch
@@ -38,7 +39,7 @@ struct GemmParams {
   float shift;          // store_exp, gradient: probabilities below 2^(shift - 126) become 0; 0: off
   int reserved;
 };
-static_assert(sizeof(GemmParams) == 192, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(GemmParams) == 200, "mirror rust/gpu/src/params.rs");
 
 // -- shared pieces ---------------------------------------------------------------------------------------------------
 // Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).
@@ -112,8 +113,10 @@ struct SelectParams {
   i64 total;
   i64 blocks;                 // of block_max
   double scale;
+  const void* scale_at;       // device: logit_scale, float or double; null: `scale`
+  i64 is_double;
 };
-static_assert(sizeof(SelectParams) == 104, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(SelectParams) == 120, "mirror rust/gpu/src/params.rs");
 
 // gather_rows: a packed copy of live rows, zero-filled to the pitch and to the padded row count.
 struct GatherParams {
@@ -149,10 +152,11 @@ struct TargetParams {
   float* reference;  // (slots) or null: z of the target; +inf past the live rows; nan for an id out of range
   int* target;       // (padded) or null: the class, -1 for none
   double scale, softcap;
+  const void* scale_at;  // device: logit_scale in accumulators; null: `scale`
   int features;
   int padded;        // entries of reference and target
 };
-static_assert(sizeof(TargetParams) == 216, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(TargetParams) == 224, "mirror rust/gpu/src/params.rs");
 
 // finish_statistics: partials of the class tiles to outputs, in a fixed order.
 struct FinishParams {
@@ -264,19 +268,21 @@ struct FactorParams {
   float *factor;                          // X of slot i times this is its gradient of the logits off the target
   float *input_factor, *target_factor;    // the same times logit_scale, and g_target times logit_scale: dE
   float *ratio;                           // what X holds at the target while dW is made
+  const float* scale_at;
   float scale;
   int padded;
 };
-static_assert(sizeof(FactorParams) == 136, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(FactorParams) == 144, "mirror rust/gpu/src/params.rs");
 
 // scale_rows: packed rows of the input times a factor, zero-filled like gather_rows.
 struct ScaleParams {
   GatherParams gather;
   const float* factor;   // (slots), times `scale`
+  const float* scale_at;
   float scale;
   int reserved;
 };
-static_assert(sizeof(ScaleParams) == 112, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ScaleParams) == 120, "mirror rust/gpu/src/params.rs");
 
 // set_targets: X at the target of each slot.
 struct SetTargetsParams {
@@ -341,10 +347,11 @@ struct PlainParams {
   const int* count;     // replaces m, or k
   const void* alpha;    // device scalar in accumulators, or null
   const void* bias;     // (N) accumulators, or null; logits only
+  const void* scale_at; // device: logit_scale in accumulators; null: `scale`
   double scale, softcap;
   int m, n, k;
   int count_is_k, accumulate, logits;
 };
-static_assert(sizeof(PlainParams) == 136, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(PlainParams) == 144, "mirror rust/gpu/src/params.rs");
 
 }  // namespace logitless

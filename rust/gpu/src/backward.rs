@@ -41,9 +41,10 @@ pub unsafe fn backward(
     stream: usize,
     workspace: &Tensor,
     store: Option<&Tensor>,
+    scale: Option<&Tensor>,
 ) -> Result<()> {
     let stream = Stream::enter(device, stream)?;
-    let call = Call::new(spec, problem, plan, &stream)?;
+    let call = Call::new(spec, problem, scale, plan, &stream)?;
     problem.check_fields("saved", spec, saved.iter().map(Some))?;
     problem.check_fields("cotangents", spec, cotangents.iter().map(Option::as_ref))?;
     check_gradients(&call, gradients, accumulate_weight)?;
@@ -206,6 +207,8 @@ impl Backward<'_> {
             total: call.rows as i64,
             blocks: if normalise { blocks as i64 } else { 0 },
             scale: call.problem.logit_scale,
+            scale_at: call.scale_at,
+            is_double: i64::from(call.acc == DType::F64),
         };
         // SAFETY: buffers of the layout.
         unsafe {
@@ -259,6 +262,7 @@ impl Backward<'_> {
             ld_row: padded(call.rows) as i32,
             col0: first as i32,
             scale: call.problem.logit_scale as f32,
+            scale_at: call.scale_at,
             softcap: call.problem.softcap as f32,
             shift: flush_shift(call.classes),
             ..params::Gemm::default()

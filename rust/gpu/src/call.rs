@@ -21,11 +21,13 @@ pub(crate) struct Call<'a> {
     pub dtype: DType,
     pub acc: DType,
     pub weight: Matrix,
+    /// logit_scale on the device, or 0.
+    pub scale_at: usize,
 }
 
 impl<'a> Call<'a> {
     /// Checks everything that needs no element.
-    pub fn new(spec: &'a Spec, problem: &'a Problem, plan: &'a Plan, stream: &'a Stream) -> Result<Call<'a>> {
+    pub fn new(spec: &'a Spec, problem: &'a Problem, scale: Option<&Tensor>, plan: &'a Plan, stream: &'a Stream) -> Result<Call<'a>> {
         problem.check_operands(spec)?;
         let [rows, features, classes] = problem.sizes();
         let (dtype, made) = (problem.input.dtype(), (plan.rows, plan.features, plan.classes, plan.dtype));
@@ -37,7 +39,13 @@ impl<'a> Call<'a> {
             let expected = "a plan made with contiguous=False for a weight whose rows are not adjacent or not 16-byte aligned";
             return Err(value("plan", "contiguous=True".into(), expected.into()));
         }
-        Ok(Call { spec, problem, plan, stream, rows, features, classes, dtype, acc: dtype.accumulator(), weight })
+        let acc = dtype.accumulator();
+        if let Some(scale) = scale {
+            scale.expect_dtype("logit_scale", &[acc])?;
+            scale.expect_len("logit_scale", 1)?;
+        }
+        let scale_at = scale.map_or(0, Tensor::address);
+        Ok(Call { spec, problem, plan, stream, rows, features, classes, dtype, acc, weight, scale_at })
     }
 
     /// The ids of the targets.
@@ -167,6 +175,7 @@ impl<'a> Call<'a> {
             target,
             scale: self.problem.logit_scale,
             softcap: self.problem.softcap,
+            scale_at: self.scale_at,
             features: self.features as i32,
             padded: slots as i32,
         };

@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::launch::{Stream, suffix};
 use crate::params::{self, RowList};
 use crate::plan::{Arena, ForwardLayout, Geometry, ListBuffers, Path, Plan, padded, partials, pitch};
-use crate::product::{Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
+use crate::product::{LogitMap, Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
 use crate::stored;
 
 /// Computes the statistics of `spec` for every row and writes them to `outputs`.
@@ -31,9 +31,10 @@ pub unsafe fn forward(
     stream: usize,
     workspace: &Tensor,
     store: Option<&Tensor>,
+    scale: Option<&Tensor>,
 ) -> Result<()> {
     let stream = Stream::enter(device, stream)?;
-    let call = Call::new(spec, problem, plan, &stream)?;
+    let call = Call::new(spec, problem, scale, plan, &stream)?;
     problem.check_fields("outputs", spec, outputs.iter().map(Some))?;
     let g = Geometry::new(spec, plan, &stream.device.facts);
     check_workspace("workspace", workspace, plan.forward_bytes)?;
@@ -144,6 +145,7 @@ impl Forward<'_> {
                 ld_row: ld_row as i32,
                 col0: first as i32,
                 scale: call.problem.logit_scale as f32,
+                scale_at: call.scale_at,
                 softcap: call.problem.softcap as f32,
                 ..params::Gemm::default()
             };
@@ -255,6 +257,7 @@ pub(crate) unsafe fn logits(call: &Call, list: RowList, input: Matrix, weight: M
                 ld_row: padded(call.rows) as i32,
                 col0: first as i32,
                 scale: call.problem.logit_scale as f32,
+                scale_at: call.scale_at,
                 softcap: call.problem.softcap as f32,
                 ..params::Gemm::default()
             };
@@ -267,7 +270,12 @@ pub(crate) unsafe fn logits(call: &Call, list: RowList, input: Matrix, weight: M
                 n: count,
                 k: call.features,
                 count: list.count,
-                logits: Some((call.problem.logit_scale, call.problem.softcap, bias)),
+                logits: Some(LogitMap {
+                    scale: call.problem.logit_scale,
+                    scale_at: call.scale_at,
+                    softcap: call.problem.softcap,
+                    bias,
+                }),
                 ..PlainEpilogue::default()
             };
             // SAFETY: the caller's promise.

@@ -26,6 +26,7 @@ pub struct Gemm {
     pub onehot_w: usize,
     pub onehot_g: usize,
     pub onehot_ld: i64,
+    pub scale_at: usize,
     pub m: i32,
     pub n: i32,
     pub k: i32,
@@ -39,7 +40,7 @@ pub struct Gemm {
     pub shift: f32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<Gemm>() == 192);
+const _: () = assert!(size_of::<Gemm>() == 200);
 
 /// Rows of a tensor (outer, inner, features) of any strides.
 #[derive(Clone, Copy, Debug, Default)]
@@ -158,8 +159,10 @@ pub struct Select {
     pub total: i64,
     pub blocks: i64,
     pub scale: f64,
+    pub scale_at: usize,
+    pub is_double: i64,
 }
-const _: () = assert!(size_of::<Select>() == 104);
+const _: () = assert!(size_of::<Select>() == 120);
 
 /// `gather_rows_*`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -202,10 +205,11 @@ pub struct TargetLogits {
     pub target: usize,
     pub scale: f64,
     pub softcap: f64,
+    pub scale_at: usize,
     pub features: i32,
     pub padded: i32,
 }
-const _: () = assert!(size_of::<TargetLogits>() == 216);
+const _: () = assert!(size_of::<TargetLogits>() == 224);
 
 /// `finish_statistics`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -355,10 +359,11 @@ pub struct Factors {
     pub input_factor: usize,
     pub target_factor: usize,
     pub ratio: usize,
+    pub scale_at: usize,
     pub scale: f32,
     pub padded: i32,
 }
-const _: () = assert!(size_of::<Factors>() == 136);
+const _: () = assert!(size_of::<Factors>() == 144);
 
 /// `scale_rows_bf16`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -366,10 +371,11 @@ const _: () = assert!(size_of::<Factors>() == 136);
 pub struct Scale {
     pub gather: Gather,
     pub factor: usize,
+    pub scale_at: usize,
     pub scale: f32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<Scale>() == 112);
+const _: () = assert!(size_of::<Scale>() == 120);
 
 /// `set_targets_bf16`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -472,6 +478,7 @@ pub struct Plain {
     pub count: usize,
     pub alpha: usize,
     pub bias: usize,
+    pub scale_at: usize,
     pub scale: f64,
     pub softcap: f64,
     pub m: i32,
@@ -481,4 +488,4 @@ pub struct Plain {
     pub accumulate: i32,
     pub logits: i32,
 }
-const _: () = assert!(size_of::<Plain>() == 136);
+const _: () = assert!(size_of::<Plain>() == 144);

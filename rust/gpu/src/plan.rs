@@ -382,7 +382,7 @@ fn may_store(g: &Geometry, spec: &Spec, facts: &Facts) -> bool {
         && g.wants(wanted::WEIGHT)
         && !g.wants(wanted::SCALE)
         && g.weight_rows_fit()
-        && [Operation::StoreExp, Operation::OnlineRest, Operation::De].iter().all(|&operation| exists(facts, operation, g.dtype))
+        && [Operation::StoreExp, Operation::Repair, Operation::De].iter().all(|&operation| exists(facts, operation, g.dtype))
 }
 
 /// The plan of the stored mode.

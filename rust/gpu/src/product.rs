@@ -65,6 +65,8 @@ pub(crate) enum Operation {
     Online,
     /// The same, and sum, squares and maximum over all classes.
     Statistics,
+    /// The first for listed blocks of rows only.
+    Repair,
     /// Exponentials against a fixed reference, and their sums.
     StoreExp,
     /// Gradient of the logits of a cross entropy.
@@ -89,6 +91,7 @@ impl Operation {
             Operation::OnlineRest => "online_rest",
             Operation::Online => "online",
             Operation::Statistics => "statistics",
+            Operation::Repair => "repair",
             Operation::StoreExp => "store_exp",
             Operation::GradientCe => "gradient_ce",
             Operation::Gradient => "gradient",
@@ -251,6 +254,16 @@ pub(crate) unsafe fn tensor_cores(stream: &Stream, operation: Operation, choice:
     unsafe { stream.launch_tiles(&choice.name, kernel, choice.tiles(m, n), Some(&[map_a, map_b, map_d]), &params) }
 }
 
+/// From products to logits. Addresses are 0 for none.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct LogitMap {
+    pub scale: f64,
+    /// The scale on the device, in accumulators; it goes before `scale`.
+    pub scale_at: usize,
+    pub softcap: f64,
+    pub bias: usize,
+}
+
 /// Extents and epilogue of a plain product.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct PlainEpilogue {
@@ -261,8 +274,8 @@ pub(crate) struct PlainEpilogue {
     pub count_is_k: bool,
     pub alpha: usize,
     pub accumulate: bool,
-    /// Scale, softcap and address of the bias of a product that makes logits.
-    pub logits: Option<(f64, f64, usize)>,
+    /// What turns the products into logits.
+    pub logits: Option<LogitMap>,
 }
 
 /// Enqueues a product without tensor cores, for any strides and types.
@@ -277,7 +290,7 @@ pub(crate) unsafe fn plain(stream: &Stream, operation: Operation, operands: &Ope
         if rows_are_k { (matrix.column_stride, matrix.row_stride) } else { (matrix.row_stride, matrix.column_stride) }
     };
     let ((a_m, a_k), (b_n, b_k)) = (strides(a, a_rows_are_k), strides(b, b_rows_are_k));
-    let (scale, softcap, bias) = epilogue.logits.unwrap_or((1.0, 0.0, 0));
+    let LogitMap { scale, scale_at, softcap, bias } = epilogue.logits.unwrap_or_default();
     let params = params::Plain {
         a: a.address,
         b: b.address,
@@ -291,6 +304,7 @@ pub(crate) unsafe fn plain(stream: &Stream, operation: Operation, operands: &Ope
         count: epilogue.count,
         alpha: epilogue.alpha,
         bias,
+        scale_at,
         scale,
         softcap,
         m: epilogue.m as i32,

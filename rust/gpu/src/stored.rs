@@ -18,7 +18,7 @@ use crate::product::{Choice, Matrix, Operands, Operation, choose, tensor_cores};
 const F32: usize = 4;
 
 fn kernel(call: &Call, operation: Operation, m: usize, n: usize) -> Choice {
-    let mapped = call.mapped() && matches!(operation, Operation::StoreExp | Operation::OnlineRest);
+    let mapped = call.mapped() && matches!(operation, Operation::StoreExp | Operation::Repair);
     choose(&call.stream.device.facts, operation, call.dtype, mapped, m, n).expect("the plan found it")
 }
 
@@ -60,6 +60,7 @@ pub(crate) unsafe fn forward(call: &Call, g: &Geometry, out: Fields, store: usiz
             k: call.features as i32,
             ld_row: ld_row as i32,
             scale: call.problem.logit_scale as f32,
+            scale_at: call.scale_at,
             ..params::Gemm::default()
         };
         let store_exp = kernel(call, Operation::StoreExp, rows, call.classes);
@@ -85,9 +86,9 @@ pub(crate) unsafe fn forward(call: &Call, g: &Geometry, out: Fields, store: usiz
         let gate = params::Gate { flags: layout.flags, gate: layout.gate, blocks: blocks as i64 };
         call.stream.launch("gate_blocks", (1, 1), 256, 0, &gate)?;
         let gated = params::Gemm { gate: layout.gate, ..product };
-        let online = kernel(call, Operation::OnlineRest, rows, call.classes);
+        let repair_rest = kernel(call, Operation::Repair, rows, call.classes);
         let without_store = Operands { a: input, b: call.weight, d: None };
-        tensor_cores(call.stream, Operation::OnlineRest, &online, &without_store, gated)?;
+        tensor_cores(call.stream, Operation::Repair, &repair_rest, &without_store, gated)?;
         let repair = params::Repair {
             list,
             gate: layout.gate,
@@ -148,6 +149,7 @@ impl Stored<'_> {
             target_factor: layout.target_factor,
             ratio: layout.ratio,
             scale: call.problem.logit_scale as f32,
+            scale_at: call.scale_at,
             padded: rows as i32,
         };
         // SAFETY: buffers of the layouts.
@@ -171,7 +173,7 @@ impl Stored<'_> {
             features: call.features as i32,
             padded: rows as i32,
         };
-        let params = params::Scale { gather, factor, scale: call.problem.logit_scale as f32, reserved: 0 };
+        let params = params::Scale { gather, factor, scale_at: call.scale_at, scale: call.problem.logit_scale as f32, reserved: 0 };
         // SAFETY: operands checked, buffers of the layouts.
         unsafe { call.stream.launch("scale_rows_bf16", (rows, 1), 256, 0, &params) }
     }

@@ -156,8 +156,13 @@ impl CudaPlan {
 
 type PlanArguments = (Spec, usize, usize, usize, u8, i64, u32, bool, usize);
 
-/// Compute the statistics of `spec` for every row and write them to `outputs`.
+/// Compute the statistics of `spec` for every row and write them to `outputs`. `scale` is the logit
+/// scale where the device holds it: one number in the accumulation dtype.
 #[pyfunction]
+#[pyo3(signature = (
+    spec, input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense, outputs,
+    store, plan, threads, device, stream, workspace, scale = None
+))]
 #[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
 pub fn cuda_forward(
     py: Python<'_>,
@@ -178,15 +183,16 @@ pub fn cuda_forward(
     device: usize,
     stream: usize,
     workspace: TensorArg,
+    scale: Option<TensorArg>,
 ) -> PyResult<()> {
     let problem =
         problem(input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense);
-    let (store, _) = (store.map(|store| store.0), threads);
+    let (store, scale, _) = (store.map(|t| t.0), scale.map(|t| t.0), threads);
     let (spec, outputs, plan) = (&spec.get().0, tensors(outputs)?, &plan.get().plan);
     // SAFETY: Python holds every array behind the addresses until the stream has passed this call
     // (its allocator reuses memory in stream order), with shapes and strides inside them.
     py.detach(|| unsafe {
-        gpu::forward(spec, &problem, &outputs, plan, device, stream, &workspace.0, store.as_ref())
+        gpu::forward(spec, &problem, &outputs, plan, device, stream, &workspace.0, store.as_ref(), scale.as_ref())
     })
     .map_err(error)
 }
@@ -196,7 +202,7 @@ pub fn cuda_forward(
 #[pyo3(signature = (
     spec, input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense, saved,
     cotangents, store, d_input, d_weight, d_bias, d_scale, d_dense, accumulate_input, plan,
-    threads, device, stream, workspace, accumulate_weight = false
+    threads, device, stream, workspace, accumulate_weight = false, scale = None
 ))]
 #[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
 pub fn cuda_backward(
@@ -226,6 +232,7 @@ pub fn cuda_backward(
     stream: usize,
     workspace: TensorArg,
     accumulate_weight: bool,
+    scale: Option<TensorArg>,
 ) -> PyResult<()> {
     let problem =
         problem(input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense);
@@ -237,7 +244,7 @@ pub fn cuda_backward(
         dense: d_dense.map(|t| t.0),
         accumulate_input,
     };
-    let (store, _) = (store.map(|store| store.0), threads);
+    let (store, scale, _) = (store.map(|t| t.0), scale.map(|t| t.0), threads);
     let (saved, cotangents) = (tensors(saved)?, optional_tensors(cotangents)?);
     let (spec, plan) = (&spec.get().0, &plan.get().plan);
     // SAFETY: as for the forward.
@@ -254,6 +261,7 @@ pub fn cuda_backward(
             stream,
             &workspace.0,
             store.as_ref(),
+            scale.as_ref(),
         )
     })
     .map_err(error)

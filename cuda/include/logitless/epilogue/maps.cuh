@@ -9,9 +9,12 @@
 
 namespace logitless {
 
+// logit_scale: a number, or a value that the device computed.
+__device__ __forceinline__ float logit_scale(const GemmParams& p) { return p.scale_at ? __ldg(p.scale_at) : p.scale; }
+
 struct Scaled {
   static constexpr bool kCapped = false;
-  static __device__ __forceinline__ float factor(const GemmParams& p) { return p.scale; }
+  static __device__ __forceinline__ float factor(const GemmParams& p) { return logit_scale(p); }
 
   template <int kColumns>
   static __device__ __forceinline__ void apply(float (&)[kColumns / 2], const Band&) {}
@@ -27,6 +30,7 @@ struct Capped {
   static __device__ __forceinline__ void apply(float (&acc)[kColumns / 2], const Band& band) {
     const GemmParams& p = band.p;
     const int column = band.my_column();
+    const float scale = logit_scale(p);
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j++) {
       float b[2] = {0.f, 0.f};
@@ -36,7 +40,7 @@ struct Capped {
           if (column + 8 * j + k < p.n) b[k] = __ldg(p.bias + column + 8 * j + k);
       }
 #pragma unroll
-      for (int k = 0; k < 4; k++) acc[4 * j + k] = fmaf(p.scale, acc[4 * j + k], b[k & 1]);
+      for (int k = 0; k < 4; k++) acc[4 * j + k] = fmaf(scale, acc[4 * j + k], b[k & 1]);
     }
     if (p.softcap != 0.f) {
       const float inverse = 1.f / p.softcap;

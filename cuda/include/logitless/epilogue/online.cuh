@@ -25,11 +25,11 @@
 
 namespace logitless {
 
-template <class Map, bool kEntropy, bool kMoments>
+template <class Map, bool kEntropy, bool kMoments, bool kRepair = false>
 struct OnlineEpilogue {
   static_assert(kEntropy || !kMoments, "the moments share the entropy's pass");
   static constexpr int kPanels = 0;
-  static constexpr bool kGated = false;
+  static constexpr bool kGated = kRepair;
   static constexpr bool kRolled = kMoments;
   static constexpr int kNowhere = 1 << 30;
 

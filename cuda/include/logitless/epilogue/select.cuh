@@ -2,6 +2,7 @@
 //
 //   operation      A, B            D      epilogue
 //   online_rest    E, W            -      maximum and sum a class block; no reference
+//   repair         E, W            -      the same for listed row blocks only
 //   online         E, W            -      + moment (entropy)
 //   statistics     E, W            -      + sum, squares, maximum and its class
 //   store_exp      E, W            half   exponentials against the target's logit, and their sums
@@ -29,6 +30,8 @@ struct OperationOf {
 
 template <class Map, int kPanels>
 struct Operation<OP_ONLINE_REST, Map, kPanels> : OperationOf<OnlineEpilogue<Map, false, false>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_REPAIR, Map, kPanels> : OperationOf<OnlineEpilogue<Map, false, false, true>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_ONLINE, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, false>, 0, 0> {};
 template <class Map, int kPanels>
