@@ -79,7 +79,12 @@ def test_statistics_and_gradients(name: str, shape: Any, options: Any) -> None:
     s = logitless.row_statistics(e, w, y, want=FIELDS, linear_bias=b, **options)
     arrays = [None if t is None else t.detach().double().cpu().numpy() for t in (e, w, b)]
     reference, vjp = testing.row_statistics(
-        arrays[0], arrays[1], y.cpu().numpy(), linear_bias=arrays[2], **options
+        arrays[0],
+        arrays[1],
+        y.cpu().numpy(),
+        linear_bias=arrays[2],
+        ignore_index=-100,
+        **options,
     )
     total = 0.0
     cotangents = {}
