@@ -61,8 +61,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _seeds() -> None:
     """Every test starts from the same state of the global generators."""
     np.random.seed(0)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture
