@@ -115,7 +115,7 @@ proptest! {
 
 #[test]
 fn long_reductions_have_the_same_bits_for_any_number_of_threads() {
-    let values: Vec<f32> = (0..1_000_003).map(|i| (i * 7919 % 1000) as f32 * 0.05).collect();
+    let values: Vec<f32> = (0..1_000_003u64).map(|i| (i * 7919 % 1000) as f32 * 0.05).collect();
     let array = strided(&values, DType::F32, &[1]);
     let one = pairs(&array, None, &[values.len()], &[0], 1);
     for threads in [2, 3, 7] {
