@@ -724,6 +724,18 @@ def test_errors_name_argument_and_remedy(
         ln.linear_cross_entropy(**arguments)
 
 
+def test_an_id_out_of_range_is_named_where_it_is() -> None:
+    weight = np.zeros((5, 2, 4), np.float32)
+    target = np.zeros((3, 2), np.int64)
+    target[1, 1], target[2, 0] = 5, -7
+    with pytest.raises(IndexError, match=r"target\[1, 1\] = 5 .*\[0, 5\)"):
+        ln.linear_cross_entropy(GOOD["input"], weight, target)
+    target[1, 1], target[2, 0] = 0, -100
+    ln.linear_cross_entropy(GOOD["input"], weight, target)
+    with pytest.raises(IndexError, match=r"target\[2.*\] = -100 "):
+        ln.linear_cross_entropy(GOOD["input"], weight, target, ignore_index=0)
+
+
 def test_more_errors() -> None:
     input, weight = GOOD["input"], GOOD["linear_weight"]
     with pytest.raises(ValueError, match="topk = 6"):

@@ -43,6 +43,10 @@ class LogSumExp:
         Axes of the chunks to reduce, all by default. Chunks may have any length along them, but one
         shape along the others.
 
+    Notes
+    -----
+    One accumulator belongs to one thread at a time; give each thread its own and merge them.
+
     Examples
     --------
     A row of logits in two parts, and the merge of two accumulators:

@@ -179,8 +179,21 @@ class Head:
     def set_ids(self, ids: NDArray[np.int64]) -> None:
         """Take class ids of the rows' shape (before the shift), or with an axis of K ids."""
         columns = ids.shape[len(self.geometry.lead) + len(self.geometry.positions) :]
-        flat = self.flat(self.cut(ids), columns or (1,))
-        self.ids = np.ascontiguousarray(flat, dtype=np.int64)
+        cut = self.cut(ids)
+        if len(self.positions) > 1:
+            self._check_ids(cut)
+        self.ids = np.ascontiguousarray(self.flat(cut, columns or (1,)), dtype=np.int64)
+
+    def _check_ids(self, ids: NDArray[np.int64]) -> None:
+        """Check the ids of all positions before the engine works on the first."""
+        classes = self.geometry.classes
+        bad = ((ids < 0) | (ids >= classes)) & (ids != self.ignore_index)
+        if bad.any():
+            first = tuple(int(i) for i in np.argwhere(bad)[0])
+            raise IndexError(
+                f"target[{', '.join(map(str, first))}] = {ids[first]} is out of range; expected a "
+                f"class id in [0, {classes}), or ignore_index for positions to skip"
+            )
 
     # Shapes -------------------------------------------------------------------------------------
 
