@@ -55,7 +55,9 @@ def device(found: dict[str, Any]) -> str:
     machine = found["machine"]
     if "GPU" in machine:
         return str(machine["GPU"]).split(",")[0]
-    return f"{str(machine['processor']).split(', level')[0]}"
+    threads = found["training"]["threads"]
+    name = str(machine["processor"]).split(",")[0]
+    return f"{threads} thread{'s' if threads > 1 else ''} of {name}"
 
 
 def draw_loss(axes: Axes, found: dict[str, Any]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from logitless.cli.footprint import Head, logitless
 from logitless.cli.lm.corpus import Corpus
 from logitless.cli.lm.train import Run, Settings, largest_difference
@@ -62,6 +64,7 @@ def record(outcome: Outcome, facts: dict[str, str]) -> dict[str, Any]:
             "steps asked for": settings.steps,
             "dtype": outcome.head.dtype,
             "device": str(settings.device),
+            "threads": torch.get_num_threads(),
             "seed": settings.seed,
         },
         "largest loss difference": largest_difference(outcome.ordinary, outcome.streamed),
