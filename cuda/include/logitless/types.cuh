@@ -1,4 +1,5 @@
-// types.cuh - integer names and compile-time codes. No CUDA or standard header is included anywhere: NVRTC needs only this tree.
+// types.cuh - integer names and compile-time codes. No CUDA or standard header is included
+// anywhere: NVRTC needs only this tree.
 #pragma once
 
 namespace logitless {

@@ -1,8 +1,10 @@
-// direct.cuh - stores of a warp's fragment straight from registers (mma.sync path): the same face as PanelStore.
+// direct.cuh - stores of a warp's fragment straight from registers (mma.sync path): the same face
+// as PanelStore.
 //
-// A quad writes 16 contiguous bytes of a row at a time (32 for floats); the L2 joins them. That is 3% of the sectors that the
-// product itself loads, so staging in shared memory would buy nothing here. A column pair is written whole where its first
-// column exists: the pitch is a multiple of 16 bytes and its padding belongs to the buffer.
+// A quad writes 16 contiguous bytes of a row at a time (32 for floats); the L2 joins them. That is
+// 3% of the sectors that the product itself loads, so staging in shared memory would buy nothing
+// here. A column pair is written whole where its first column exists: the pitch is a multiple of 16
+// bytes and its padding belongs to the buffer.
 #pragma once
 #include "logitless/epilogue/band.cuh"
 #include "logitless/ptx/half.cuh"
@@ -15,7 +17,8 @@ struct DirectStore {
   const GemmParams& p;
   int rows, lane, row = 0, column = 0;
 
-  __device__ __forceinline__ DirectStore(const GemmParams& p, int rows, int lane) : p(p), rows(rows), lane(lane) {}
+  __device__ __forceinline__ DirectStore(const GemmParams& p, int rows, int lane)
+      : p(p), rows(rows), lane(lane) {}
 
   __device__ __forceinline__ void open(int first_column) { column = first_column; }
 

@@ -1,9 +1,10 @@
 // fragments.cuh - an epilogue over the row fragments that a warp holds.
 //
-// Registers have no run-time index, so a loop over fragments is either unrolled, or it always works on the first fragment and moves
-// the others down. An unrolled epilogue is straight-line code that runs once a tile: past some 32 KB it falls out of the instruction
-// cache and every 128-byte line costs a trip to the L2 (the full statistics at D = 1024: 2.26 ms unrolled, where one product takes
-// 1.58). The moves cost one instruction an accumulator.
+// Registers have no run-time index, so a loop over fragments is either unrolled, or it always works
+// on the first fragment and moves the others down. An unrolled epilogue is straight-line code that
+// runs once a tile: past some 32 KB it falls out of the instruction cache and every 128-byte line
+// costs a trip to the L2 (the full statistics at D = 1024: 2.26 ms unrolled, where one product
+// takes 1.58). The moves cost one instruction an accumulator.
 #pragma once
 #include "logitless/types.cuh"
 

@@ -1,16 +1,20 @@
 // gradient.cuh - the tile of logit gradients G = half(dx), from logits made again.
 //
-// With t = z - rest and r = e^t (<= 1: nothing overflows), per-row coefficients (GemmParams.coef, planes a, b, c, d, e):
-//   kAffine false   off the target  a r                       at it  e                cross entropy and every function of rest
-//   kAffine true    off the target  r (a + b t) + c + d z     at it  c + d z + e      entropy, sum, squares, variance
-// times dz/dx under a softcap. r = 0 contributes 0 even where z is -inf (a bias of -inf masks a class).
+// With t = z - rest and r = e^t (<= 1: nothing overflows), per-row coefficients (GemmParams.coef,
+// planes a, b, c, d, e):
+//   kAffine   off the target            at it          for
+//   false     a r                       e              cross entropy, every function of rest
+//   true      r (a + b t) + c + d z     c + d z + e    entropy, sum, squares, variance
+// times dz/dx under a softcap. r = 0 contributes 0 even where z is -inf (a bias of -inf masks a
+// class).
 //
-// The host divides the coefficients by one device scalar, the largest of them, and the products that consume G multiply it back
-// in float (GemmParams.alpha). A uniform cotangent then becomes exactly +-1: rounding -1/8191 to bf16 once a row, always the
-// same way, was half of the error of dE and dW. It also keeps fp16 away from its small end.
+// The host divides the coefficients by one device scalar, the largest of them, and the products
+// that consume G multiply it back in float (GemmParams.alpha). A uniform cotangent then becomes
+// exactly +-1: rounding -1/8191 to bf16 once a row, always the same way, was half of the error of
+// dE and dW. It also keeps fp16 away from its small end.
 //
-// Flushing |r| < 2^(shift - 126) is free: a 2^shift ex2.ftz(t - shift). Zeros save power in the products that follow (2-7% of
-// the time of a power-limited card).
+// Flushing |r| < 2^(shift - 126) is free: a 2^shift ex2.ftz(t - shift). Zeros save power in the
+// products that follow (2-7% of the time of a power-limited card).
 #pragma once
 #include "logitless/epilogue/maps.cuh"
 
@@ -24,7 +28,8 @@ struct GradientEpilogue {
   enum Plane { kA, kB, kC, kD, kE };
 
   template <int kColumns, bool kCareful, class Store>
-  static __device__ __forceinline__ void body(float (&acc)[kColumns / 2], const Band& band, Store& store, const Exceptions& ex) {
+  static __device__ __forceinline__ void body(float (&acc)[kColumns / 2], const Band& band,
+                                              Store& store, const Exceptions& ex) {
     const GemmParams& p = band.p;
     const float factor = Map::factor(p), factor2 = kLog2e * factor, unflush = ptx::exp2(p.shift);
     const float inverse = Map::kCapped && p.softcap != 0.f ? 1.f / p.softcap : 0.f;
@@ -69,7 +74,8 @@ struct GradientEpilogue {
   }
 
   template <int kColumns, class Store>
-  static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band, Store& store) {
+  static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band,
+                                             Store& store) {
     Map::template apply<kColumns>(acc, band);
     const Exceptions ex = Exceptions::find<kColumns>(band);
     if (ex.any) body<kColumns, true>(acc, band, store, ex);

@@ -1,7 +1,7 @@
 // maps.cuh - from a product E W^T to the logit z, and the derivative on the way back.
 //
-//   Scaled   z = scale * acc                                          the factor folds into the exponential's multiplier
-//   Capped   z = softcap * tanh((scale * acc + bias) / softcap)       either part may be absent at run time
+//   Scaled   z = scale * acc: the factor folds into the exponential's multiplier
+//   Capped   z = softcap * tanh((scale * acc + bias) / softcap): either part may be absent
 //
 // apply() turns accumulators into z / factor() in place; slope() is dz/dx.
 #pragma once
@@ -10,7 +10,9 @@
 namespace logitless {
 
 // logit_scale: a number, or a value that the device computed.
-__device__ __forceinline__ float logit_scale(const GemmParams& p) { return p.scale_at ? __ldg(p.scale_at) : p.scale; }
+__device__ __forceinline__ float logit_scale(const GemmParams& p) {
+  return p.scale_at ? __ldg(p.scale_at) : p.scale;
+}
 
 struct Scaled {
   static constexpr bool kCapped = false;

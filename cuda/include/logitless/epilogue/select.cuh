@@ -1,4 +1,5 @@
-// select.cuh - the operations of the tensor-core family by name (OP_*, given by the build): epilogue and operand majors.
+// select.cuh - the operations of the tensor-core family by name (OP_*, given by the build):
+// epilogue and operand majors.
 //
 //   operation      A, B            D      epilogue
 //   online_rest    E, W            -      maximum and sum a class block; no reference
@@ -29,28 +30,36 @@ struct OperationOf {
 };
 
 template <class Map, int kPanels>
-struct Operation<OP_ONLINE_REST, Map, kPanels> : OperationOf<OnlineEpilogue<Map, false, false>, 0, 0> {};
+struct Operation<OP_ONLINE_REST, Map, kPanels>
+    : OperationOf<OnlineEpilogue<Map, false, false>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_REPAIR, Map, kPanels> : OperationOf<OnlineEpilogue<Map, false, false, true>, 0, 0> {};
+struct Operation<OP_REPAIR, Map, kPanels>
+    : OperationOf<OnlineEpilogue<Map, false, false, true>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_ONLINE, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, false>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_STATISTICS, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, true>, 0, 0> {};
+struct Operation<OP_STATISTICS, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, true>, 0, 0> {
+};
 template <class Map, int kPanels>
 struct Operation<OP_STORE_EXP, Map, kPanels> : OperationOf<StoreExpEpilogue<Map, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_GRADIENT_CE, Map, kPanels> : OperationOf<GradientEpilogue<Map, false, kPanels>, 0, 0> {};
+struct Operation<OP_GRADIENT_CE, Map, kPanels>
+    : OperationOf<GradientEpilogue<Map, false, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_GRADIENT, Map, kPanels> : OperationOf<GradientEpilogue<Map, true, kPanels>, 0, 0> {};
+struct Operation<OP_GRADIENT, Map, kPanels>
+    : OperationOf<GradientEpilogue<Map, true, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_LOGITS, Map, kPanels> : OperationOf<FloatStoreEpilogue<Map, true, kPanels>, 0, 0> {};
+struct Operation<OP_LOGITS, Map, kPanels>
+    : OperationOf<FloatStoreEpilogue<Map, true, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_DW, Map, kPanels> : OperationOf<HalfStoreEpilogue<false, kPanels>, 1, 1> {};
 template <class Map, int kPanels>
-struct Operation<OP_DW_F32, Map, kPanels> : OperationOf<FloatStoreEpilogue<Map, false, kPanels>, 1, 1> {};
+struct Operation<OP_DW_F32, Map, kPanels>
+    : OperationOf<FloatStoreEpilogue<Map, false, kPanels>, 1, 1> {};
 template <class Map, int kPanels>
 struct Operation<OP_DE, Map, kPanels> : OperationOf<HalfStoreEpilogue<true, kPanels>, 0, 1> {};
 template <class Map, int kPanels>
-struct Operation<OP_DE_F32, Map, kPanels> : OperationOf<FloatStoreEpilogue<Map, false, kPanels>, 0, 1> {};
+struct Operation<OP_DE_F32, Map, kPanels>
+    : OperationOf<FloatStoreEpilogue<Map, false, kPanels>, 0, 1> {};
 
 }  // namespace logitless

@@ -4,8 +4,9 @@
 
 namespace logitless {
 
-// D = half(alpha * row factor * acc). kOneHot adds onehot_g[i] * W[target[i], :] in float: the target's part of dE is the
-// largest and never passes through 16 bits but once (error 0.235% -> 0.166%, the floor of a bf16 result).
+// D = half(alpha * row factor * acc). kOneHot adds onehot_g[i] * W[target[i], :] in float: the
+// target's part of dE is the largest and never passes through 16 bits but once (error 0.235% ->
+// 0.166%, the floor of a bf16 result).
 template <bool kOneHot, int kStorePanels>
 struct HalfStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
@@ -13,7 +14,8 @@ struct HalfStoreEpilogue {
   static constexpr bool kRolled = false;
 
   template <int kColumns, class Store>
-  static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band, Store& store) {
+  static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band,
+                                             Store& store) {
     using Half = typename Store::Half;
     const GemmParams& p = band.p;
     const float alpha = p.alpha ? __ldg(p.alpha) : 1.f;
@@ -63,7 +65,8 @@ struct FloatStoreEpilogue {
   static constexpr bool kRolled = false;
 
   template <int kColumns, class Store>
-  static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band, Store& store) {
+  static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band,
+                                             Store& store) {
     const GemmParams& p = band.p;
     if (kMapped) Map::template apply<kColumns>(acc, band);
     const float alpha = kMapped ? Map::factor(p) : p.alpha ? __ldg(p.alpha) : 1.f;

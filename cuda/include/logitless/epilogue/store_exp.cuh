@@ -1,14 +1,19 @@
-// store_exp.cuh - the forward of `memory="fast"`: exponentials against a fixed reference per row, stored and summed.
+// store_exp.cuh - the forward of `memory="fast"`: exponentials against a fixed reference per row,
+// stored and summed.
 //
-// The reference is the row's target logit (GemmParams.ref), known before the product from a row-times-row dot: what is stored needs
-// no rescaling later, only a factor a row. With t = z - ref, over the classes other than the target:
-//   D         X = half(e^t), 0 at the target; entries below 2^(shift - 126) are stored as 0 (the sums keep them)
+// The reference is the row's target logit (GemmParams.ref), known before the product from a
+// row-times-row dot: what is stored needs no rescaling later, only a factor a row. With t = z -
+// ref, over the classes other than the target:
+//   D         X = half(e^t), 0 at the target; entries below 2^(shift - 126) are stored as 0 (the
+//             sums keep them)
 //   plane 0   sum of e^t, per row and class block
-// A row that counts for nothing has ref = +inf: every exponential is 0 without a branch. The sum leaves the range of a float where the
-// rest lies about 88 nats above or below the target; whoever folds the blocks sees that, lists the 256-row block (GemmParams.gate)
-// and launches this kernel again with another reference for the row.
+// A row that counts for nothing has ref = +inf: every exponential is 0 without a branch. The sum
+// leaves the range of a float where the rest lies about 88 nats above or below the target; whoever
+// folds the blocks sees that, lists the 256-row block (GemmParams.gate) and launches this kernel
+// again with another reference for the row.
 //
-// Two bodies, one chosen per warp and tile: the careful one runs where a target lies in the tile, or in the last, ragged tile.
+// Two bodies, one chosen per warp and tile: the careful one runs where a target lies in the tile,
+// or in the last, ragged tile.
 #pragma once
 #include "logitless/epilogue/maps.cuh"
 
@@ -21,9 +26,11 @@ struct StoreExpEpilogue {
   static constexpr bool kRolled = false;
 
   template <int kColumns, bool kCareful, class Store>
-  static __device__ __forceinline__ void body(float (&acc)[kColumns / 2], const Band& band, Store& store, const Exceptions& ex) {
+  static __device__ __forceinline__ void body(float (&acc)[kColumns / 2], const Band& band,
+                                              Store& store, const Exceptions& ex) {
     const float factor = kLog2e * Map::factor(band.p);
-    const float offset[2] = {-kLog2e * band.scalar(band.p.ref, 0, infinity()), -kLog2e * band.scalar(band.p.ref, 1, infinity())};
+    const float offset[2] = {-kLog2e * band.scalar(band.p.ref, 0, infinity()),
+                             -kLog2e * band.scalar(band.p.ref, 1, infinity())};
     const float smallest = band.p.shift > 0.f ? ptx::exp2(band.p.shift - 126.f) : 0.f;
     float sum[2] = {0.f, 0.f};
 #pragma unroll
@@ -49,7 +56,8 @@ struct StoreExpEpilogue {
   }
 
   template <int kColumns, class Store>
-  static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band, Store& store) {
+  static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band,
+                                             Store& store) {
     Map::template apply<kColumns>(acc, band);
     const Exceptions ex = Exceptions::find<kColumns>(band);
     if (ex.any) body<kColumns, true>(acc, band, store, ex);

@@ -30,7 +30,9 @@ struct F16 {
   static __device__ __forceinline__ float2 pair(const void* x, long long at) {
     const u32 v = __ldg(static_cast<const u32*>(x) + at / 2);
     float2 r;
-    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n" : "=f"(r.x), "=f"(r.y) : "r"(v));
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
+        : "=f"(r.x), "=f"(r.y)
+        : "r"(v));
     return r;
   }
 };

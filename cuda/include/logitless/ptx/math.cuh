@@ -14,19 +14,23 @@ __device__ __forceinline__ float reciprocal(float x) {  // 1 ulp; 1/inf = 0
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 1 - 2 / (1 + e^2x): error 2e-7 absolute (tanh.approx: 5e-4, i.e. 0.015 nats under a softcap of 30), right at +-inf.
+// 1 - 2 / (1 + e^2x): error 2e-7 absolute (tanh.approx: 5e-4, i.e. 0.015 nats under a softcap of
+// 30), right at +-inf.
 __device__ __forceinline__ float tanh(float x) {
   return fmaf(-2.f, reciprocal(1.f + exp2(2.f * kLog2e * x)), 1.f);
 }
 
-// if (choose) a += x; else b += y; as two predicated adds (the compiler would select four operands, or branch).
+// if (choose) a += x; else b += y; as two predicated adds (the compiler would select four operands,
+// or branch).
 __device__ __forceinline__ void add_either(bool choose, float& a, float x, float& b, float y) {
-  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n@p add.f32 %0, %0, %2;\n@!p add.f32 %1, %1, %3;\n}\n"
+  asm("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n@p add.f32 %0, %0, %2;\n@!p add.f32 %1, %1, "
+      "%3;\n}\n"
       : "+f"(a), "+f"(b)
       : "f"(x), "f"(y), "r"(static_cast<u32>(choose)));
 }
 
-__device__ __forceinline__ float quad_sum(float x) {  // the four lanes that share a row of a fragment
+__device__ __forceinline__ float quad_sum(
+    float x) {  // the four lanes that share a row of a fragment
   x += __shfl_xor_sync(kFullWarp, x, 1);
   return x + __shfl_xor_sync(kFullWarp, x, 2);
 }

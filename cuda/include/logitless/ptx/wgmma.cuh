@@ -1,10 +1,13 @@
-// wgmma.cuh - ordering of the asynchronous warpgroup product (sm_90a). The products themselves: mma/wgmma.cuh.
+// wgmma.cuh - ordering of the asynchronous warpgroup product (sm_90a). The products themselves:
+// mma/wgmma.cuh.
 #pragma once
 #include "logitless/types.cuh"
 
 namespace logitless::ptx {
 
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_fence() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }

@@ -1,8 +1,9 @@
 // raster.cuh - which tile comes next.
 //
-// The tiles of D are swept in groups of `group` cluster rows along the columns, cluster row fastest: what runs at one time
-// covers a near-square block of D, so that both operands stay in the L2 (8 x 256 rows measured best; 4 and 16 cost 2-3%).
-// Repairs restrict the rows to a list of 256-row blocks that the device made (GemmParams.gate); an empty list returns at once.
+// The tiles of D are swept in groups of `group` cluster rows along the columns, cluster row
+// fastest: what runs at one time covers a near-square block of D, so that both operands stay in the
+// L2 (8 x 256 rows measured best; 4 and 16 cost 2-3%). Repairs restrict the rows to a list of
+// 256-row blocks that the device made (GemmParams.gate); an empty list returns at once.
 #pragma once
 #include "logitless/params.cuh"
 #include "logitless/types.cuh"
@@ -14,7 +15,8 @@ struct Tile {
   int column_block;
 };
 
-// kRows: rows of a row block, all CTAs of the cluster together. One instance a thread; all threads of a cluster agree.
+// kRows: rows of a row block, all CTAs of the cluster together. One instance a thread; all threads
+// of a cluster agree.
 template <int kRows, int kColumns, bool kGated>
 struct Raster {
   static constexpr int kPerEntry = kRows < 256 ? 256 / kRows : 1;
@@ -23,7 +25,10 @@ struct Raster {
   const int* list;  // live row blocks, or null
 
   __device__ __forceinline__ Raster(const GemmParams& p, int rows)
-      : row_blocks(ceil_div(rows, kRows)), column_blocks(ceil_div(p.n, kColumns)), group(p.group), list(nullptr) {
+      : row_blocks(ceil_div(rows, kRows)),
+        column_blocks(ceil_div(p.n, kColumns)),
+        group(p.group),
+        list(nullptr) {
     if (kGated && p.gate) {
       row_blocks = kPerEntry * __ldg(p.gate);
       list = p.gate + 1;
@@ -35,7 +40,8 @@ struct Raster {
     const int per_group = group * column_blocks, g = t / per_group, rest = t - g * per_group;
     const int height = min(group, row_blocks - g * group), column = rest / height;
     const int row = g * group + (rest - column * height);
-    return {kGated && list ? kPerEntry * __ldg(list + row / kPerEntry) + row % kPerEntry : row, column};
+    return {kGated && list ? kPerEntry * __ldg(list + row / kPerEntry) + row % kPerEntry : row,
+            column};
   }
 };
 

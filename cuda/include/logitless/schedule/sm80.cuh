@@ -1,18 +1,22 @@
 // sm80.cuh - the mainloop for everything that has mma.sync: D[M, N] = epilogue(A[M, K] B[N, K]^T).
 //
-//   CTA     256 threads, 8 warps of kWarpM x 64. Halves: tile 128 x 256 of 64 x 64 warps (2 x 4), 128 accumulators a thread, one CTA
-//           an SM: 4096 bytes of fragments for 64 x 64 x 16 products keep the shared-memory port below the tensor pipe; 32 x 64 warps
-//           need 50% more and ran at 250 TFLOP/s on an H200. Floats: 128 x 128 of 32 x 64 warps (4 x 2): the products take three times
-//           as long.
-//   Ring    kStages x 64 bytes of K of the tile's rows, by cp.async: 4 x 24 KB = 96 KB fit the 99 KB parts (sm_86, 89, 120).
+//   CTA        256 threads, 8 warps of kWarpM x 64, one CTA an SM.
+//              Halves: tile 128 x 256 of 64 x 64 warps (2 x 4), 128 accumulators a thread. 4096
+//              bytes of fragments for 64 x 64 x 16 products keep the shared-memory port below the
+//              tensor pipe; 32 x 64 warps need 50% more and ran at 250 TFLOP/s on an H200, these
+//              at 400.
+//              Floats: 128 x 128 of 32 x 64 warps (4 x 2).
+//   Ring       kStages x 64 bytes of K of the tile's rows, by cp.async: 4 x 24 KB = 96 KB fit the
+//              99 KB parts (sm_86, 89, 120).
 //   Registers  fragments of the next step are loaded before the products of this one.
-//   Operands   pointers and pitches are multiples of 16 bytes; every extent may be ragged (zero fill).
+//   Operands   pointers and pitches are multiples of 16 bytes; every extent may be ragged.
 //
 // Barriers and the race each prevents
-//   copy_wait + __syncthreads, once a k-block, before the first fragments of the next stage are read: every thread's copies into it
-//     have landed, for every thread; and every warp has the last fragments of this stage in registers, so that the copies issued
-//     after it may overwrite it.
-//   __syncthreads after a tile: the next tile's first copies must not overtake a warp that still reads ahead.
+//   copy_wait + __syncthreads, once a k-block, before the first fragments of the next stage are
+//     read: every thread's copies into it have landed, for every thread; and every warp has the
+//     last fragments of this stage in registers, so that the copies issued after it may overwrite it.
+//   __syncthreads after a tile: the next tile's first copies must not overtake a warp that still
+//     reads ahead.
 //
 // A class block (index of the partials) is one warp's 64 columns.
 #pragma once
@@ -35,7 +39,8 @@ template <class Config, class Epilogue>
 struct Sm80Gemm {
   using Element = typename Config::Element;
   static constexpr int kTileM = Config::kTileM, kTileN = Config::kTileN, kStages = Config::kStages;
-  static constexpr int kThreads = 256, kWarpM = Config::kWarpM, kWarpN = 64, kWarpsN = kTileN / kWarpN;
+  static constexpr int kThreads = 256, kWarpM = Config::kWarpM, kWarpN = 64,
+                       kWarpsN = kTileN / kWarpN;
   static_assert(kTileM / kWarpM * kWarpsN == kThreads / 32, "eight warps cover the tile");
   using A = Sm80Operand<Element, Config::kMajorA, kTileM>;
   using B = Sm80Operand<Element, Config::kMajorB, kTileN>;
@@ -58,13 +63,17 @@ struct Sm80Gemm {
 
   static __device__ __forceinline__ void read(Fragments& f, u32 stage, const Offsets& at, int s) {
 #pragma unroll
-    for (int i = 0; i < kFragmentsM; i++) A::template fragment<true>(f.a[i].bits, stage, at.a, i, s, at.lane);
+    for (int i = 0; i < kFragmentsM; i++)
+      A::template fragment<true>(f.a[i].bits, stage, at.a, i, s, at.lane);
 #pragma unroll
-    for (int j = 0; j < kFragmentsN; j++) B::template fragment<false>(f.b[j].bits, stage + A::kBytes, at.b, j, s, at.lane);
+    for (int j = 0; j < kFragmentsN; j++)
+      B::template fragment<false>(f.b[j].bits, stage + A::kBytes, at.b, j, s, at.lane);
   }
 
-  static __device__ __forceinline__ void multiply(float (&acc)[kFragmentsM][kWarpN / 2], const LoaderA& load_a,
-                                                  const LoaderB& load_b, const Offsets& at, u32 shared, int depth, bool single) {
+  static __device__ __forceinline__ void multiply(float (&acc)[kFragmentsM][kWarpN / 2],
+                                                  const LoaderA& load_a, const LoaderB& load_b,
+                                                  const Offsets& at, u32 shared, int depth,
+                                                  bool single) {
     const int blocks = ceil_div(depth, kBlock);
     auto fill = [&](int kb, int slot) {
       if (kb < blocks) {
@@ -95,7 +104,8 @@ struct Sm80Gemm {
           __syncthreads();
           read(f[0], shared + next * kStageBytes, at, 0);  // past the last block: stale, unused
         }
-        if constexpr (Mma::kSeparate) Mma::template product<kFragmentsM, kFragmentsN>(block, f[s].a, f[s].b, single, s == 0);
+        if constexpr (Mma::kSeparate)
+          Mma::template product<kFragmentsM, kFragmentsN>(block, f[s].a, f[s].b, single, s == 0);
         else Mma::template product<kFragmentsM, kFragmentsN>(acc, f[s].a, f[s].b, single, false);
       }
       if constexpr (Mma::kSeparate) {
@@ -119,7 +129,8 @@ struct Sm80Gemm {
     const int count = p.count ? __ldg(p.count) : -1;
     const int rows = count >= 0 && !p.count_is_k ? count : p.m;
     const int depth = count >= 0 && p.count_is_k ? count : p.k;
-    const Offsets at{A::left_offset(warp_m * kWarpM, lane), B::right_offset(warp_n * kWarpN, lane), lane};
+    const Offsets at{A::left_offset(warp_m * kWarpM, lane), B::right_offset(warp_n * kWarpN, lane),
+                     lane};
     const Tiles tiles(p, rows);
     const int total = tiles.tiles();
     DirectStore<Element> store(p, rows, lane);
@@ -132,11 +143,12 @@ struct Sm80Gemm {
       for (int f = 0; f < kFragmentsM; f++)
 #pragma unroll
         for (int i = 0; i < kWarpN / 2; i++) acc[f][i] = 0.f;
-      multiply(acc, LoaderA(p.a, p.lda, m, rows, depth, threadIdx.x), LoaderB(p.b, p.ldb, n, p.n, depth, threadIdx.x), at, shared,
-               depth, p.reserved & 1);
+      multiply(acc, LoaderA(p.a, p.lda, m, rows, depth, threadIdx.x),
+               LoaderB(p.b, p.ldb, n, p.n, depth, threadIdx.x), at, shared, depth, p.reserved & 1);
       for_each_fragment<true>(acc, [&](float (&fragment)[kWarpN / 2], int f) {
         store.row = m + warp_m * kWarpM + 16 * f;
-        const Band band{p, rows, store.row, n + warp_n * kWarpN, kWarpsN * tile.column_block + warp_n, lane};
+        const Band band{
+            p, rows, store.row, n + warp_n * kWarpN, kWarpsN * tile.column_block + warp_n, lane};
         if (band.column < p.n) Epilogue::template run<kWarpN>(fragment, band, store);
       });
     }

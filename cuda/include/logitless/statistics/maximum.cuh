@@ -1,4 +1,5 @@
-// maximum.cuh - `max`, `argmax`: the largest logit and its class. A nan wins over everything; the lowest id wins among equals.
+// maximum.cuh - `max`, `argmax`: the largest logit and its class. A nan wins over everything; the
+// lowest id wins among equals.
 #pragma once
 #include "logitless/types.cuh"
 
@@ -9,7 +10,9 @@ struct Maximum {
   Real value;
   long long id;
 
-  static __device__ __forceinline__ Maximum empty() { return {-static_cast<Real>(infinity()), 0x7fffffffffffffffll}; }
+  static __device__ __forceinline__ Maximum empty() {
+    return {-static_cast<Real>(infinity()), 0x7fffffffffffffffll};
+  }
 
   __device__ __forceinline__ void absorb(Real z, long long id) { merge({z, id}); }
 

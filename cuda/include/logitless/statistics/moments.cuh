@@ -1,6 +1,8 @@
-// moments.cuh - `sum`, `sum_sq`, `variance`: count, mean and squared deviations, merged by Chan's formula.
+// moments.cuh - `sum`, `sum_sq`, `variance`: count, mean and squared deviations, merged by Chan's
+// formula.
 //
-// sum_sq = deviations + count mean^2 loses nothing (both terms are positive); the variance never subtracts.
+// sum_sq = deviations + count mean^2 loses nothing (both terms are positive); the variance never
+// subtracts.
 #pragma once
 
 namespace logitless {
