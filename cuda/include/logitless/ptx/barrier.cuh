@@ -80,8 +80,7 @@ __device__ __forceinline__ void barrier_arrive(u32 id, u32 threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// -- registers move from the producer to the consumers
-// ---------------------------------------------
+// -- registers move from the producer to the consumers --------------------------------------------
 template <int kRegisters>
 __device__ __forceinline__ void registers_grow() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -14,7 +14,7 @@
 // Barriers and the race each prevents
 //   copy_wait + __syncthreads, once a k-block, before the first fragments of the next stage are
 //     read: every thread's copies into it have landed, for every thread; and every warp has the
-//     last fragments of this stage in registers, so that the copies issued after it may overwrite it.
+//     last fragments of this stage in registers, so that copies issued after it may overwrite it.
 //   __syncthreads after a tile: the next tile's first copies must not overtake a warp that still
 //     reads ahead.
 //

@@ -75,7 +75,7 @@ struct Sm90Gemm {
              Epilogue::kGated && kTileM * kCluster <= 256>;  // a larger tile has no repair
 
   // -- producer ----------------------------------------------------------------------------------
-  // producer Loads this CTA's A tile and its share of the B tile of one k-block.
+  // Loads this CTA's A tile and its share of the B tile of one k-block.
   static __device__ __forceinline__ void load(const TensorMap* map_a, const TensorMap* map_b, u32 a,
                                               u32 bar, int rank, int m, int n, int k) {
     const u32 b = a + kBytesA;
