@@ -34,7 +34,7 @@ struct Sm80Operand {
     return row * kLine + mixed * 16;
   }
 
-  // -- global to shared: each thread copies the same chunk of kPasses lines, whose swizzle is the
+  // Global to shared: each thread copies the same chunk of kPasses lines, whose swizzle is the
   // same -------------------------
   template <int kThreads>
   struct Loader {
@@ -81,7 +81,7 @@ struct Sm80Operand {
     }
   };
 
-  // -- shared to registers
+  // Shared to registers.
   // Fragment i (16 rows of MN) of step s (32 bytes of K). `lane_offset` is computed once a kernel:
   // what i and s add to it is a constant, or flips bits that nothing else touches.
   static __device__ __forceinline__ u32 left_offset(int row, int lane) {
