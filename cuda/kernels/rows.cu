@@ -214,31 +214,46 @@ extern "C" __global__ void __launch_bounds__(256) target_logits_f32(const __grid
 extern "C" __global__ void __launch_bounds__(256) target_logits_f64(const __grid_constant__ TargetParams p) { target_logits<double>(p); }
 
 // -- partials to outputs ----------------------------------------------------------------------------------------------
-// Block = 32 rows x 8 slices of the tiles; the slices are folded in order, then the eight of a row in order.
-extern "C" __global__ void __launch_bounds__(256) finish_statistics(const __grid_constant__ FinishParams p) {
-  __shared__ RowPartial shared[8][32];
+namespace {
+
+// Block = 32 rows x kSlices slices of the tiles. A slice is folded in order, then the slices of a row in order. Four tiles
+// are loaded before the first is merged: the merges are short chains and would wait for memory one by one.
+template <class Partial, int kSlices>
+__device__ __forceinline__ void finish(const FinishParams& p) {
+  __shared__ __align__(16) unsigned char bytes[kSlices * 32 * sizeof(Partial)];
+  Partial* shared = (Partial*)bytes;
   const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
   const i64 row = blockIdx.x * 32ll + lane;
   const int slot = row >= p.list.total ? -1 : p.list.slots ? p.list.slots[row] : (int)row;
-  RowPartial state = RowPartial::empty();
+  Partial state = Partial::empty();
   if (slot >= 0) {
-    const int per = (p.tiles + 7) / 8, end = min(p.tiles, (slice + 1) * per);
-    for (int tile = slice * per; tile < end; tile++) {
+    auto load = [&](int tile) {
       // Columns of this tile: the last one of a launch, and of all launches, is ragged.
       const int chunk = tile / p.chunk_tiles, in_chunk = (tile - chunk * p.chunk_tiles) * p.tile_columns;
       const i64 chunk_end = min((i64)p.chunk_columns, p.classes - (i64)chunk * p.chunk_columns);
-      const int columns = (int)min((i64)p.tile_columns, chunk_end - in_chunk);
-      state.merge(RowPartial::load(p.part + (i64)tile * p.ld_row + slot, p.part_plane, p.planes, p.reference != nullptr, columns), p.planes);
+      return Partial::load(p, p.part + (i64)tile * p.ld_row + slot, (int)min((i64)p.tile_columns, chunk_end - in_chunk));
+    };
+    const int per = (p.tiles + kSlices - 1) / kSlices, end = min(p.tiles, (slice + 1) * per);
+    int tile = slice * per;
+    for (; tile + 4 <= end; tile += 4) {
+      const Partial next[4] = {load(tile), load(tile + 1), load(tile + 2), load(tile + 3)};
+#pragma unroll
+      for (int i = 0; i < 4; i++) state.merge(next[i]);
     }
+    for (; tile < end; tile++) state.merge(load(tile));
   }
-  shared[slice][lane] = state;
+  shared[threadIdx.x] = state;
   __syncthreads();
   if (slice != 0 || row >= p.list.total) return;
-  for (int i = 1; i < 8; i++) state.merge(shared[i][lane], p.planes);
-  // e^+-60 leaves the exponentials of a row 26 nats inside the range of float and bf16. nan is flagged too.
-  if (p.flags && slot >= 0 && !(fabs(log(state.fixed)) < 60.)) p.flags[slot / 256] = 1;
-  state.finish(p.out, row, slot, p.reference ? &p.reference[max(slot, 0)] : nullptr);
+  for (int i = 1; i < kSlices; i++) state.merge(shared[32 * i + lane]);
+  state.finish(p, row, slot);
 }
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(512) finish_online(const __grid_constant__ FinishParams p) { finish<OnlinePartial, 16>(p); }
+extern "C" __global__ void __launch_bounds__(512) finish_fixed(const __grid_constant__ FinishParams p) { finish<FixedPartial, 16>(p); }
+extern "C" __global__ void __launch_bounds__(256) finish_full(const __grid_constant__ FinishParams p) { finish<FullPartial, 8>(p); }
 
 // -- coefficients of the gradient tile --------------------------------------------------------------------------------
 // dz = r (a + b t) + c + d z off the target, with t = z - rest and r = exp(t); at the target c + d z + e.

@@ -158,20 +158,20 @@ struct TargetParams {
 };
 static_assert(sizeof(TargetParams) == 224, "mirror rust/gpu/src/params.rs");
 
-// finish_statistics: partials of the class tiles to outputs, in a fixed order.
+// finish_online, finish_fixed, finish_full: partials of the class tiles to outputs, in a fixed order.
 struct FinishParams {
   Fields out;
   RowList list;
   const float* part;
-  const float* reference;  // of the exponentials, or null: online planes
+  const float* reference;  // finish_fixed: of the exponentials
   i64 part_plane;
   int ld_row, tiles;
   i64 classes;
   int tile_columns;        // classes a tile, for the variance
-  int planes;              // 1: rest, 2: and entropy, past a fixed reference; online 2: rest, 3: and entropy, 7: everything
+  int planes;              // finish_online: 2 rest, 3 and entropy
   int chunk_columns;       // classes a launch: tiles restart there
   int chunk_tiles;         // tiles a launch
-  int* flags;              // (ceil(N / 256)) or null: set where a fixed reference is out of a row's range
+  int* flags;              // finish_fixed: (ceil(N / 256)), set where the reference is out of a row's range
 };
 static_assert(sizeof(FinishParams) == 216, "mirror rust/gpu/src/params.rs");
 

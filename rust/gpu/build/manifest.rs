@@ -134,9 +134,12 @@ impl Job {
 pub fn jobs(cuda: &Path) -> Result<Vec<Job>> {
     let path = cuda.join("arch.toml");
     let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-    let manifest: Manifest = toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
+    let manifest: Manifest =
+        toml::from_str(&text).map_err(|error| format!("{}: {error}", path.display()))?;
     let only = env::var("LOGITLESS_CUDA_ARCHS").ok();
-    let wanted = |arch: Arch| only.as_ref().is_none_or(|list| list.split(',').any(|name| name == arch.name()));
+    let wanted = |arch: Arch| {
+        only.as_ref().is_none_or(|list| list.split(',').any(|name| name == arch.name()))
+    };
 
     let mut jobs = Vec::new();
     for unit in &manifest.unit {
@@ -145,10 +148,21 @@ pub fn jobs(cuda: &Path) -> Result<Vec<Job>> {
             if unit.operations.is_empty() {
                 let name = unit.file.trim_end_matches(".cu").to_owned();
                 let (file, options) = (file.clone(), Vec::new());
-                jobs.push(Job { file, arch, options, tile: None, spill_free: unit.spill_free, name });
+                jobs.push(Job {
+                    file,
+                    arch,
+                    options,
+                    tile: None,
+                    spill_free: unit.spill_free,
+                    name,
+                });
                 continue;
             }
-            let mut tile = manifest.tile.get(&unit.tile).cloned().ok_or_else(|| format!("{}: no tile {:?}", path.display(), unit.tile))?;
+            let mut tile = manifest
+                .tile
+                .get(&unit.tile)
+                .cloned()
+                .ok_or_else(|| format!("{}: no tile {:?}", path.display(), unit.tile))?;
             tile.name.clone_from(&unit.tile);
             if tile.shared == 0 {
                 tile.shared = unit.stages * ((tile.m + tile.n) * 128 + 16) + unit.panels * 2 * 8192;
@@ -159,9 +173,18 @@ pub fn jobs(cuda: &Path) -> Result<Vec<Job>> {
                         let suffix = if map == 0 { "" } else { "m" };
                         let name = format!("{operation}_{dtype}{suffix}_{}", unit.tile);
                         let options = options(&manifest, unit, &tile, &name, operation, dtype, map)
-                            .ok_or_else(|| format!("{}: {name}: unknown operation or dtype", path.display()))?;
+                            .ok_or_else(|| {
+                                format!("{}: {name}: unknown operation or dtype", path.display())
+                            })?;
                         let (file, tile) = (file.clone(), Some(tile.clone()));
-                        jobs.push(Job { file, arch, options, tile, spill_free: unit.spill_free, name });
+                        jobs.push(Job {
+                            file,
+                            arch,
+                            options,
+                            tile,
+                            spill_free: unit.spill_free,
+                            name,
+                        });
                     }
                 }
             }
@@ -171,13 +194,24 @@ pub fn jobs(cuda: &Path) -> Result<Vec<Job>> {
 }
 
 /// The macros that make one kernel out of a file.
-fn options(manifest: &Manifest, unit: &Unit, tile: &Tile, name: &str, operation: &str, dtype: &str, map: u32) -> Option<Vec<String>> {
+fn options(
+    manifest: &Manifest,
+    unit: &Unit,
+    tile: &Tile,
+    name: &str,
+    operation: &str,
+    dtype: &str,
+    map: u32,
+) -> Option<Vec<String>> {
     let number = |names: &[String], name: &str| names.iter().position(|other| other == name);
     let operation = number(&manifest.operations, operation)?;
     let dtype = number(&manifest.dtypes, dtype)?;
     let mut options: Vec<_> = (manifest.operations.iter().enumerate())
         .map(|(number, name)| format!("-DOP_{}={number}", name.to_uppercase()))
-        .chain((manifest.dtypes.iter().enumerate()).map(|(number, name)| format!("-DDTYPE_{}={number}", name.to_uppercase())))
+        .chain(
+            (manifest.dtypes.iter().enumerate())
+                .map(|(number, name)| format!("-DDTYPE_{}={number}", name.to_uppercase())),
+        )
         .collect();
     options.extend([
         format!("-DNAME={name}"),

@@ -16,7 +16,14 @@ use crate::report;
 pub const FORMAT: u32 = 2;
 
 type Program = *mut c_void;
-type Create = unsafe extern "C" fn(*mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> c_int;
+type Create = unsafe extern "C" fn(
+    *mut Program,
+    *const c_char,
+    *const c_char,
+    c_int,
+    *const *const c_char,
+    *const *const c_char,
+) -> c_int;
 type Compile = unsafe extern "C" fn(Program, c_int, *const *const c_char) -> c_int;
 type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;
 type Text = unsafe extern "C" fn(Program, *mut c_char) -> c_int;
@@ -45,7 +52,10 @@ impl Compiled {
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         for k in &self.kernels {
-            let numbers = format!("{} {} {} {} {}", k.registers, k.shared, k.stack, k.spill_stores, k.spill_loads);
+            let numbers = format!(
+                "{} {} {} {} {}",
+                k.registers, k.shared, k.stack, k.spill_stores, k.spill_loads
+            );
             bytes.extend(format!("{} {numbers}\n", k.name).bytes());
         }
         bytes.push(b'\n');
@@ -55,14 +65,25 @@ impl Compiled {
 
     /// The inverse of `to_bytes`; nothing when the file was cut short.
     pub fn from_bytes(bytes: &[u8]) -> Option<Compiled> {
-        let split = if bytes.first() == Some(&b'\n') { 0 } else { bytes.windows(2).position(|two| two == b"\n\n")? + 1 };
+        let split = if bytes.first() == Some(&b'\n') {
+            0
+        } else {
+            bytes.windows(2).position(|two| two == b"\n\n")? + 1
+        };
         let mut kernels = Vec::new();
         for line in std::str::from_utf8(&bytes[..split]).ok()?.lines() {
             let mut words = line.split(' ');
             let name = words.next()?.to_owned();
             let mut number = || words.next()?.parse().ok();
             let (registers, shared, stack) = (number()?, number()?, number()?);
-            kernels.push(Kernel { name, registers, shared, stack, spill_stores: number()?, spill_loads: number()? });
+            kernels.push(Kernel {
+                name,
+                registers,
+                shared,
+                stack,
+                spill_stores: number()?,
+                spill_loads: number()?,
+            });
         }
         Some(Compiled { code: bytes[split + 1..].to_vec(), kernels })
     }
@@ -81,14 +102,19 @@ impl Nvrtc {
         let library = folder.join("libnvrtc.so.12");
         // SAFETY: NVRTC's initialisers are those of an ordinary shared library. It finds its
         // builtins beside itself.
-        let library = unsafe { Library::new(&library) }.map_err(|error| format!("{} (from {source}): {error}", library.display()))?;
+        let library = unsafe { Library::new(&library) }
+            .map_err(|error| format!("{} (from {source}): {error}", library.display()))?;
         let mut version = (0, 0);
         // SAFETY: the documented signature; both pointers outlive the call.
-        let code = unsafe { library.get::<Version>(b"nvrtcVersion")?(&mut version.0, &mut version.1) };
+        let code =
+            unsafe { library.get::<Version>(b"nvrtcVersion")?(&mut version.0, &mut version.1) };
         // A cubin of a 13.x compiler does not load on a 12.x driver; one before 12.8 knows no sm_120.
         if code != 0 || version.0 != 12 || version.1 < 8 {
             let found = format!("{}.{} in {}", version.0, version.1, folder.display());
-            return Err(format!("NVRTC {found}: expected 12.8 or 12.9; pip install nvidia-cuda-nvrtc-cu12==12.9.86").into());
+            return Err(format!(
+                "NVRTC {found}: expected 12.8 or 12.9; pip install nvidia-cuda-nvrtc-cu12==12.9.86"
+            )
+            .into());
         }
         Ok(Nvrtc { library, version })
     }
@@ -108,16 +134,32 @@ impl Nvrtc {
             options.push("--ptxas-options=-v".to_owned());
         }
         options.extend(job.options.iter().cloned());
-        let options: Vec<_> = options.into_iter().map(CString::new).collect::<std::result::Result<_, _>>()?;
+        let options: Vec<_> =
+            options.into_iter().map(CString::new).collect::<std::result::Result<_, _>>()?;
         let pointers: Vec<_> = options.iter().map(|option| option.as_ptr()).collect();
 
         let mut program: Program = null_mut();
-        // SAFETY (here and below): the signatures are those of nvrtc.h 12; every pointer is valid
+        // SAFETY: here and below, the signatures are those of nvrtc.h 12; every pointer is valid
         // for the call, sizes come from the library itself, and the program is destroyed once.
-        let code = unsafe { self.library.get::<Create>(b"nvrtcCreateProgram")?(&mut program, source.as_ptr(), name.as_ptr(), 0, null(), null()) };
+        let code = unsafe {
+            self.library.get::<Create>(b"nvrtcCreateProgram")?(
+                &mut program,
+                source.as_ptr(),
+                name.as_ptr(),
+                0,
+                null(),
+                null(),
+            )
+        };
         self.expect(code, job)?;
         // SAFETY: see above.
-        let code = unsafe { self.library.get::<Compile>(b"nvrtcCompileProgram")?(program, pointers.len() as c_int, pointers.as_ptr()) };
+        let code = unsafe {
+            self.library.get::<Compile>(b"nvrtcCompileProgram")?(
+                program,
+                pointers.len() as c_int,
+                pointers.as_ptr(),
+            )
+        };
         let log = self.text(program, b"nvrtcGetProgramLogSize", b"nvrtcGetProgramLog")?;
         let log = String::from_utf8_lossy(log.strip_suffix(&[0]).unwrap_or(&log)).into_owned();
         if code != 0 {
@@ -155,7 +197,8 @@ impl Nvrtc {
             return Ok(());
         }
         // SAFETY: returns a static string for any code.
-        let message = unsafe { CStr::from_ptr(self.library.get::<Message>(b"nvrtcGetErrorString")?(code)) };
+        let message =
+            unsafe { CStr::from_ptr(self.library.get::<Message>(b"nvrtcGetErrorString")?(code)) };
         Err(format!("{}: NVRTC error {code}: {}", job.label(), message.to_string_lossy()).into())
     }
 }
@@ -168,11 +211,18 @@ fn folder() -> Result<(PathBuf, String)> {
         return Ok((folder, "LOGITLESS_NVRTC".into()));
     }
     let python = env::var("PYO3_PYTHON").unwrap_or_else(|_| "python3".into());
-    let script = "import os, nvidia.cuda_nvrtc as m; print(os.path.join(list(m.__path__)[0], 'lib'))";
-    let output = Command::new(&python).args(["-c", script]).output().map_err(|error| format!("{python}: {error}"))?;
+    let script =
+        "import os, nvidia.cuda_nvrtc as m; print(os.path.join(list(m.__path__)[0], 'lib'))";
+    let output = Command::new(&python)
+        .args(["-c", script])
+        .output()
+        .map_err(|error| format!("{python}: {error}"))?;
     if !output.status.success() {
         let fix = "pip install nvidia-cuda-nvrtc-cu12==12.9.86 there, or set LOGITLESS_NVRTC";
-        return Err(format!("{python} has no nvidia.cuda_nvrtc (the compiler of the kernels): {fix}").into());
+        return Err(format!(
+            "{python} has no nvidia.cuda_nvrtc (the compiler of the kernels): {fix}"
+        )
+        .into());
     }
     Ok((PathBuf::from(String::from_utf8(output.stdout)?.trim()), python))
 }

@@ -15,9 +15,24 @@ pub fn parse(log: &str) -> Vec<Kernel> {
     for line in log.lines() {
         if let Some(rest) = line.split("Compiling entry function '").nth(1) {
             let name = rest.split('\'').next().unwrap_or_default().to_owned();
-            kernels.push(Kernel { name, registers: 0, shared: 0, stack: 0, spill_stores: 0, spill_loads: 0 });
+            kernels.push(Kernel {
+                name,
+                registers: 0,
+                shared: 0,
+                stack: 0,
+                spill_stores: 0,
+                spill_loads: 0,
+            });
         } else if let Some(kernel) = kernels.last_mut() {
-            let before = |what: &str| -> Option<u32> { line.split(what).next().filter(|head| head.len() < line.len())?.split_whitespace().last()?.parse().ok() };
+            let before = |what: &str| -> Option<u32> {
+                line.split(what)
+                    .next()
+                    .filter(|head| head.len() < line.len())?
+                    .split_whitespace()
+                    .last()?
+                    .parse()
+                    .ok()
+            };
             kernel.stack = before(" bytes stack frame").unwrap_or(kernel.stack);
             kernel.spill_stores = before(" bytes spill stores").unwrap_or(kernel.spill_stores);
             kernel.spill_loads = before(" bytes spill loads").unwrap_or(kernel.spill_loads);
@@ -33,21 +48,38 @@ pub fn entries(ptx: &str) -> Vec<Kernel> {
     ptx.lines()
         .filter_map(|line| line.split(".entry ").nth(1))
         .map(|rest| rest.split(['(', ' ']).next().unwrap_or_default().to_owned())
-        .map(|name| Kernel { name, registers: 0, shared: 0, stack: 0, spill_stores: 0, spill_loads: 0 })
+        .map(|name| Kernel {
+            name,
+            registers: 0,
+            shared: 0,
+            stack: 0,
+            spill_stores: 0,
+            spill_loads: 0,
+        })
         .collect()
 }
 
 /// Fails on a spill in a kernel declared spill-free, and compares or renews the checked table.
 pub fn check(jobs: &[Job], images: &[Compiled], lock: &Path) -> Result<()> {
-    let mut table = String::from("# kernel arch registers static-shared stack spill-stores spill-loads (bytes); written by rust/gpu/build\n");
+    let mut table = String::from(
+        "# kernel arch registers static-shared stack spill-stores spill-loads (bytes); written by rust/gpu/build\n",
+    );
     let mut spills = String::new();
     for (job, image) in jobs.iter().zip(images).filter(|(job, _)| job.arch != Arch::Compute80) {
         for k in &image.kernels {
-            let numbers = format!("{} {} {} {} {}", k.registers, k.shared, k.stack, k.spill_stores, k.spill_loads);
+            let numbers = format!(
+                "{} {} {} {} {}",
+                k.registers, k.shared, k.stack, k.spill_stores, k.spill_loads
+            );
             writeln!(table, "{} {} {numbers}", k.name, job.arch.name())?;
             if job.spill_free && k.spill_stores + k.spill_loads > 0 {
                 let (stores, loads) = (k.spill_stores, k.spill_loads);
-                writeln!(spills, "{} ({}) is declared spill-free and spills {stores} + {loads} bytes", k.name, job.arch.name())?;
+                writeln!(
+                    spills,
+                    "{} ({}) is declared spill-free and spills {stores} + {loads} bytes",
+                    k.name,
+                    job.arch.name()
+                )?;
             }
         }
     }

@@ -50,14 +50,19 @@ pub unsafe fn backward(
     check_gradients(&call, gradients, accumulate_weight)?;
     check_workspace("workspace", workspace, plan.backward_bytes)?;
     let g = Geometry::new(spec, plan, &stream.device.facts);
-    let (fields, grad) = (call.fields(saved.iter().map(Some)), call.fields(cotangents.iter().map(Option::as_ref)));
+    let (fields, grad) =
+        (call.fields(saved.iter().map(Some)), call.fields(cotangents.iter().map(Option::as_ref)));
     if plan.stored {
         let store = check_store(store, plan)?;
         let run = Stored { call: &call, g: &g, gradients, accumulate_weight, saved: fields, grad };
         // SAFETY: the caller's promise.
         return unsafe { run.backward(store, workspace.address()) };
     }
-    let lent = gradients.input.as_ref().filter(|_| g.may_borrow() && !gradients.accumulate_input).and_then(|d_input| lend(&call, d_input));
+    let lent = gradients
+        .input
+        .as_ref()
+        .filter(|_| g.may_borrow() && !gradients.accumulate_input)
+        .and_then(|d_input| lend(&call, d_input));
     let width = BackwardLayout::widest(&g, plan.backward_bytes, lent.is_some()).min(plan.chunks.1);
     if width == 0 && call.rows > 0 {
         let expected = "a plan with more memory, or a contiguous gradient of the input, which lends its memory";
@@ -73,12 +78,18 @@ pub unsafe fn backward(
         list: call.live_rows(layout.list),
         packed: match (lent, layout.packed) {
             (Some(lent), _) => lent,
-            (None, Some(address)) => Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype)),
+            (None, Some(address)) => {
+                Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
+            }
             (None, None) => unreachable!("the layout has one unless it was lent"),
         },
         packed_rows: if lent.is_some() { call.rows } else { padded(call.rows) },
         sums: Matrix::packed(layout.sums, call.acc, call.features, pitch(call.features, call.acc)),
-        alpha: scalars(if double { offset_of!(Scalars, g_scale_wide) } else { offset_of!(Scalars, g_scale) }),
+        alpha: scalars(if double {
+            offset_of!(Scalars, g_scale_wide)
+        } else {
+            offset_of!(Scalars, g_scale)
+        }),
         factor: scalars(offset_of!(Scalars, g_wide)),
         call: &call,
         layout: &layout,
@@ -99,28 +110,45 @@ fn lend(call: &Call, d_input: &Tensor) -> Option<Matrix> {
 fn check_gradients(call: &Call, gradients: &Gradients, accumulate_weight: bool) -> Result<()> {
     let (either, acc) = ([call.dtype, call.acc], [call.acc]);
     let mut bits = 0;
-    let mut check = |bit, argument, tensor: Option<&Tensor>, shape: &[usize], dtypes: &[DType]| -> Result<()> {
-        let Some(tensor) = tensor else { return Ok(()) };
-        bits |= bit;
-        tensor.expect_dtype(argument, dtypes)?;
-        Ok(tensor.expect_shape(argument, shape)?)
-    };
+    let mut check =
+        |bit, argument, tensor: Option<&Tensor>, shape: &[usize], dtypes: &[DType]| -> Result<()> {
+            let Some(tensor) = tensor else { return Ok(()) };
+            bits |= bit;
+            tensor.expect_dtype(argument, dtypes)?;
+            Ok(tensor.expect_shape(argument, shape)?)
+        };
     let input = if gradients.accumulate_input { &acc[..] } else { &either };
     let weight = if accumulate_weight { &acc[..] } else { &either };
     check(wanted::INPUT, "d_input", gradients.input.as_ref(), call.problem.input.shape(), input)?;
-    check(wanted::WEIGHT, "d_weight", gradients.weight.as_ref(), &[call.classes, call.features], weight)?;
+    check(
+        wanted::WEIGHT,
+        "d_weight",
+        gradients.weight.as_ref(),
+        &[call.classes, call.features],
+        weight,
+    )?;
     check(wanted::BIAS, "d_bias", gradients.bias.as_ref(), &[call.classes], &either)?;
     if let Some(scale) = &gradients.scale {
         check(wanted::SCALE, "d_scale", Some(scale), scale.shape(), &acc)?;
         scale.expect_len("d_scale", 1)?;
     }
     if let (Some(d_dense), Some(dense)) = (&gradients.dense, &call.problem.dense) {
-        check(wanted::DENSE, "d_dense", Some(d_dense), &[call.rows, call.classes], &[dense.dtype(), call.acc])?;
+        check(
+            wanted::DENSE,
+            "d_dense",
+            Some(d_dense),
+            &[call.rows, call.classes],
+            &[dense.dtype(), call.acc],
+        )?;
         d_dense.expect_contiguous("d_dense")?;
     }
     if bits & !call.plan.gradients != 0 {
         let found = format!("gradients {:#b}", call.plan.gradients);
-        return Err(value("plan", found, format!("one made for the gradients {bits:#b} that are asked")));
+        return Err(value(
+            "plan",
+            found,
+            format!("one made for the gradients {bits:#b} that are asked"),
+        ));
     }
     Ok(())
 }
@@ -145,7 +173,7 @@ struct Backward<'a> {
 impl Backward<'_> {
     unsafe fn run(&self) -> Result<()> {
         let (call, gradients) = (self.call, self.gradients);
-        // SAFETY (all of it): operands checked, buffers of the layout.
+        // SAFETY: all of it: operands checked, buffers of the layout.
         unsafe {
             if let Some(dense) = &gradients.dense {
                 call.stream.zero(dense.address(), dense.len() * dense.dtype().size())?;
@@ -159,7 +187,14 @@ impl Backward<'_> {
             }
             for first in (0..call.classes).step_by(self.width) {
                 let count = self.width.min(call.classes - first);
-                let copy = self.layout.copy.map(|address| Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype)));
+                let copy = self.layout.copy.map(|address| {
+                    Matrix::packed(
+                        address,
+                        call.dtype,
+                        call.features,
+                        pitch(call.features, call.dtype),
+                    )
+                });
                 let weight = call.weight_rows(first, count, copy)?;
                 if fused {
                     self.fused_tile(weight, bias, first, count)?;
@@ -242,14 +277,25 @@ impl Backward<'_> {
         Matrix::packed(self.layout.dx, self.call.dtype, self.width, self.width)
     }
 
-    unsafe fn fused_tile(&self, weight: Matrix, bias: usize, first: usize, count: usize) -> Result<()> {
+    unsafe fn fused_tile(
+        &self,
+        weight: Matrix,
+        bias: usize,
+        first: usize,
+        count: usize,
+    ) -> Result<()> {
         let call = self.call;
         let g = &self.grad;
         // Cross entropy needs a and e alone.
         let others = [g.entropy, g.sum, g.sum_sq, g.mean, g.variance];
-        let operation = if others.iter().all(|&field| field == 0) { Operation::GradientCe } else { Operation::Gradient };
+        let operation = if others.iter().all(|&field| field == 0) {
+            Operation::GradientCe
+        } else {
+            Operation::Gradient
+        };
         let facts = &call.stream.device.facts;
-        let choice = choose(facts, operation, call.dtype, call.mapped(), call.rows, count).expect("the plan found it");
+        let choice = choose(facts, operation, call.dtype, call.mapped(), call.rows, count)
+            .expect("the plan found it");
         let epilogue = params::Gemm {
             count: self.list.count,
             reference: self.layout.reference,
@@ -287,7 +333,13 @@ impl Backward<'_> {
         unsafe { call.stream.launch("add_maximum", (call.rows.div_ceil(256), 1), 256, 0, &params) }
     }
 
-    unsafe fn tiled_tile(&self, weight: Matrix, bias: usize, first: usize, count: usize) -> Result<()> {
+    unsafe fn tiled_tile(
+        &self,
+        weight: Matrix,
+        bias: usize,
+        first: usize,
+        count: usize,
+    ) -> Result<()> {
         let call = self.call;
         let z = Matrix::packed(self.layout.z, call.acc, self.width, self.width);
         let params = params::Tile {
@@ -316,7 +368,9 @@ impl Backward<'_> {
     unsafe fn bias_gradient(&self, first: usize, count: usize) -> Result<()> {
         let Some(d_bias) = &self.gradients.bias else { return Ok(()) };
         let mut out = vector(d_bias);
-        out.data = out.data.wrapping_add_signed(first as isize * out.row_stride as isize * d_bias.dtype().size() as isize);
+        out.data = out.data.wrapping_add_signed(
+            first as isize * out.row_stride as isize * d_bias.dtype().size() as isize,
+        );
         let params = params::ColumnSum {
             tile: self.dx().any(),
             out,
@@ -337,7 +391,9 @@ impl Backward<'_> {
         let find = |operation| choose(facts, operation, call.dtype, false, count, call.features);
         // Float results, and rows that the copy engine cannot write, go through float tiles.
         let apart = self.layout.weight_sums.filter(|_| !d_weight.describable());
-        let sums = apart.map(|address| Matrix::packed(address, DType::F32, call.features, pitch(call.features, DType::F32)));
+        let sums = apart.map(|address| {
+            Matrix::packed(address, DType::F32, call.features, pitch(call.features, DType::F32))
+        });
         let out = sums.unwrap_or(d_weight);
         let operation = if out.dtype == DType::F32 { Operation::DwF32 } else { Operation::Dw };
         let operands = Operands { a: self.dx(), b: self.packed, d: Some(out) };
@@ -400,7 +456,9 @@ impl Backward<'_> {
         let call = self.call;
         let facts = &call.stream.device.facts;
         let operands = Operands { a: self.dx(), b: weight, d: Some(self.sums) };
-        match choose(facts, Operation::DeF32, call.dtype, false, call.rows, call.features).filter(|_| weight.describable()) {
+        match choose(facts, Operation::DeF32, call.dtype, false, call.rows, call.features)
+            .filter(|_| weight.describable())
+        {
             Some(choice) => {
                 let epilogue = params::Gemm {
                     count: self.list.count,

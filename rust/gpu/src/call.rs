@@ -27,12 +27,23 @@ pub(crate) struct Call<'a> {
 
 impl<'a> Call<'a> {
     /// Checks everything that needs no element.
-    pub fn new(spec: &'a Spec, problem: &'a Problem, scale: Option<&Tensor>, plan: &'a Plan, stream: &'a Stream) -> Result<Call<'a>> {
+    pub fn new(
+        spec: &'a Spec,
+        problem: &'a Problem,
+        scale: Option<&Tensor>,
+        plan: &'a Plan,
+        stream: &'a Stream,
+    ) -> Result<Call<'a>> {
         problem.check_operands(spec)?;
         let [rows, features, classes] = problem.sizes();
-        let (dtype, made) = (problem.input.dtype(), (plan.rows, plan.features, plan.classes, plan.dtype));
+        let (dtype, made) =
+            (problem.input.dtype(), (plan.rows, plan.features, plan.classes, plan.dtype));
         if made != (rows, features, classes, dtype) {
-            return Err(value("plan", format!("{made:?}"), format!("one made for {:?}", (rows, features, classes, dtype))));
+            return Err(value(
+                "plan",
+                format!("{made:?}"),
+                format!("one made for {:?}", (rows, features, classes, dtype)),
+            ));
         }
         let weight = Matrix::of(&problem.weight);
         if plan.direct_weight && !weight.describable() {
@@ -45,7 +56,19 @@ impl<'a> Call<'a> {
             scale.expect_len("logit_scale", 1)?;
         }
         let scale_at = scale.map_or(0, Tensor::address);
-        Ok(Call { spec, problem, plan, stream, rows, features, classes, dtype, acc, weight, scale_at })
+        Ok(Call {
+            spec,
+            problem,
+            plan,
+            stream,
+            rows,
+            features,
+            classes,
+            dtype,
+            acc,
+            weight,
+            scale_at,
+        })
     }
 
     /// The ids of the targets.
@@ -54,7 +77,9 @@ impl<'a> Call<'a> {
             ids: self.problem.ids.as_ref().map_or(0, Tensor::address),
             ignore: self.problem.ignore_index.unwrap_or(0),
             columns: if self.problem.ids.is_some() { self.spec.targets() as i32 } else { 0 },
-            has_ignore: i32::from(self.problem.ids.is_some() && self.problem.ignore_index.is_some()),
+            has_ignore: i32::from(
+                self.problem.ids.is_some() && self.problem.ignore_index.is_some(),
+            ),
             classes: self.classes as i64,
         }
     }
@@ -77,7 +102,8 @@ impl<'a> Call<'a> {
 
     /// The input as one matrix, if a uniform row step describes it.
     pub fn input_matrix(&self) -> Option<Matrix> {
-        let ((outer, outer_stride), (inner, inner_stride)) = (self.problem.input.axis(0), self.problem.input.axis(1));
+        let ((outer, outer_stride), (inner, inner_stride)) =
+            (self.problem.input.axis(0), self.problem.input.axis(1));
         let row_stride = if inner == 1 { outer_stride } else { inner_stride };
         let uniform = outer <= 1 || inner <= 1 || outer_stride == inner as isize * inner_stride;
         uniform.then(|| Matrix {
@@ -121,7 +147,12 @@ impl<'a> Call<'a> {
     }
 
     /// Classes `first..first + count` of the weight, as products read them: in place, or copied into `copy`.
-    pub unsafe fn weight_rows(&self, first: usize, count: usize, copy: Option<Matrix>) -> Result<Matrix> {
+    pub unsafe fn weight_rows(
+        &self,
+        first: usize,
+        count: usize,
+        copy: Option<Matrix>,
+    ) -> Result<Matrix> {
         let rows = self.weight.rows_from(first);
         let Some(copy) = copy else { return Ok(rows) };
         let source = RowView {
@@ -156,12 +187,20 @@ impl<'a> Call<'a> {
             is_double: i64::from(self.acc == DType::F64),
         };
         // SAFETY: as above; `out` has room for an accumulator a class.
-        unsafe { self.stream.launch("widen_vector", (self.classes.div_ceil(256), 1), 256, 0, &params)? };
+        unsafe {
+            self.stream.launch("widen_vector", (self.classes.div_ceil(256), 1), 256, 0, &params)?
+        };
         Ok(out)
     }
 
     /// Logits of the target classes, to `out` (N, K); the first column also to the lists of slots.
-    pub unsafe fn target_logits(&self, list: RowList, out: usize, reference: usize, target: usize) -> Result<()> {
+    pub unsafe fn target_logits(
+        &self,
+        list: RowList,
+        out: usize,
+        reference: usize,
+        target: usize,
+    ) -> Result<()> {
         let targets = self.targets();
         let slots = padded(self.rows);
         let params = params::TargetLogits {
@@ -189,8 +228,11 @@ impl<'a> Call<'a> {
     pub fn tile_params(&self) -> params::Tile {
         let mut power = [0.0; params::MAX_POWERS];
         power.iter_mut().zip(self.spec.powers()).for_each(|(slot, &value)| *slot = value);
-        let (vector_stride, vector_column) =
-            self.problem.vectors.as_ref().map_or((0, 0), |vectors| (vectors.axis(0).1 as i64, vectors.axis(1).1 as i64));
+        let (vector_stride, vector_column) = self
+            .problem
+            .vectors
+            .as_ref()
+            .map_or((0, 0), |vectors| (vectors.axis(0).1 as i64, vectors.axis(1).1 as i64));
         params::Tile {
             targets: self.targets(),
             vectors: self.problem.vectors.as_ref().map_or(0, Tensor::address),

@@ -31,7 +31,11 @@ fn check(code: CUresult, call: impl FnOnce() -> String) -> Result<()> {
         // SAFETY: not null, zero-terminated and static.
         unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
     };
-    Err(Error::Driver { call: call(), name: text(cu::cuGetErrorName), text: text(cu::cuGetErrorString) })
+    Err(Error::Driver {
+        call: call(),
+        name: text(cu::cuGetErrorName),
+        text: text(cu::cuGetErrorString),
+    })
 }
 
 /// The opened and initialised driver.
@@ -66,7 +70,8 @@ fn open() -> Result<Driver> {
         return Err(unavailable("libcuda.so.1 was not found; install the NVIDIA driver".into()));
     }
     // SAFETY: the first call of the driver; the argument must be 0.
-    check(unsafe { cu::cuInit(0) }, || "cuInit".into()).map_err(|error| unavailable(error.to_string()))?;
+    check(unsafe { cu::cuInit(0) }, || "cuInit".into())
+        .map_err(|error| unavailable(error.to_string()))?;
     let (mut version, mut devices) = (0, 0);
     // SAFETY: writes one integer.
     check(unsafe { cu::cuDriverGetVersion(&mut version) }, || "cuDriverGetVersion".into())?;
@@ -114,10 +119,12 @@ const MAX_DEVICES: usize = 64;
 
 /// A device by index; its context is retained for the life of the process.
 pub fn device(ordinal: usize) -> Result<&'static Device> {
-    static DEVICES: [OnceLock<Result<Device>>; MAX_DEVICES] = [const { OnceLock::new() }; MAX_DEVICES];
+    static DEVICES: [OnceLock<Result<Device>>; MAX_DEVICES] =
+        [const { OnceLock::new() }; MAX_DEVICES];
     let driver = driver()?;
     if ordinal >= MAX_DEVICES || ordinal >= driver.devices as usize {
-        let reason = format!("device {ordinal} was asked for and the driver sees {}", driver.devices);
+        let reason =
+            format!("device {ordinal} was asked for and the driver sees {}", driver.devices);
         return Err(Error::Unavailable { reason });
     }
     DEVICES[ordinal].get_or_init(|| Device::open(ordinal)).as_ref().map_err(Clone::clone)
@@ -128,16 +135,22 @@ impl Device {
         use cu::CUdevice_attribute as Attribute;
         let mut device = 0;
         // SAFETY: writes one handle.
-        check(unsafe { cu::cuDeviceGet(&mut device, ordinal as c_int) }, || format!("cuDeviceGet({ordinal})"))?;
+        check(unsafe { cu::cuDeviceGet(&mut device, ordinal as c_int) }, || {
+            format!("cuDeviceGet({ordinal})")
+        })?;
         let attribute = |attribute: Attribute| -> Result<u32> {
             let mut value = 0;
             // SAFETY: writes one integer.
-            check(unsafe { cu::cuDeviceGetAttribute(&mut value, attribute, device) }, || format!("{attribute:?}"))?;
+            check(unsafe { cu::cuDeviceGetAttribute(&mut value, attribute, device) }, || {
+                format!("{attribute:?}")
+            })?;
             Ok(value as u32)
         };
         let mut name = [0; 256];
         // SAFETY: writes at most 256 characters with a final zero.
-        check(unsafe { cu::cuDeviceGetName(name.as_mut_ptr(), 256, device) }, || "cuDeviceGetName".into())?;
+        check(unsafe { cu::cuDeviceGetName(name.as_mut_ptr(), 256, device) }, || {
+            "cuDeviceGetName".into()
+        })?;
         // SAFETY: zero-terminated by the call above.
         let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
         let capability = (
@@ -148,7 +161,9 @@ impl Device {
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let mut context = null_mut();
         // SAFETY: writes one handle; the reference is kept for the life of the process.
-        check(unsafe { cu::cuDevicePrimaryCtxRetain(&mut context, device) }, || "cuDevicePrimaryCtxRetain".into())?;
+        check(unsafe { cu::cuDevicePrimaryCtxRetain(&mut context, device) }, || {
+            "cuDevicePrimaryCtxRetain".into()
+        })?;
         Ok(Device { ordinal, facts: Facts { name, capability, multiprocessors, shared }, context })
     }
 
@@ -197,7 +212,16 @@ impl Library {
         let mut library = null_mut();
         // SAFETY: the image is complete (checked by its decompression) and copied by the call.
         let code = unsafe {
-            cu::cuLibraryLoadData(&mut library, image.as_ptr().cast(), null_mut(), null_mut(), 0, null_mut(), null_mut(), 0)
+            cu::cuLibraryLoadData(
+                &mut library,
+                image.as_ptr().cast(),
+                null_mut(),
+                null_mut(),
+                0,
+                null_mut(),
+                null_mut(),
+                0,
+            )
         };
         check(code, || "cuLibraryLoadData".into())?;
         Ok(Library(library))
@@ -208,11 +232,16 @@ impl Library {
         let (mut kernel, mut function) = (null_mut(), null_mut());
         let symbol = CString::new(name).expect("kernel names hold no zero byte");
         // SAFETY: writes one handle.
-        check(unsafe { cu::cuLibraryGetKernel(&mut kernel, self.0, symbol.as_ptr()) }, || format!("cuLibraryGetKernel({name})"))?;
+        check(unsafe { cu::cuLibraryGetKernel(&mut kernel, self.0, symbol.as_ptr()) }, || {
+            format!("cuLibraryGetKernel({name})")
+        })?;
         // SAFETY: writes one handle, for the context that the caller entered.
-        check(unsafe { cu::cuKernelGetFunction(&mut function, kernel) }, || format!("cuKernelGetFunction({name})"))?;
+        check(unsafe { cu::cuKernelGetFunction(&mut function, kernel) }, || {
+            format!("cuKernelGetFunction({name})")
+        })?;
         if shared > 48 * 1024 {
-            let attribute = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let attribute =
+                cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: an attribute of a loaded function.
             check(unsafe { cu::cuFuncSetAttribute(function, attribute, shared as c_int) }, || {
                 format!("{name} with {shared} bytes of shared memory")
@@ -227,10 +256,14 @@ impl Library {
 pub fn outside_capture<T>(load: impl FnOnce() -> Result<T>) -> Result<T> {
     let mut mode = cu::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
     // SAFETY: swaps this thread's mode with the value behind the pointer.
-    check(unsafe { cu::cuThreadExchangeStreamCaptureMode(&mut mode) }, || "cuThreadExchangeStreamCaptureMode".into())?;
+    check(unsafe { cu::cuThreadExchangeStreamCaptureMode(&mut mode) }, || {
+        "cuThreadExchangeStreamCaptureMode".into()
+    })?;
     let result = load();
     // SAFETY: puts the previous mode back.
-    check(unsafe { cu::cuThreadExchangeStreamCaptureMode(&mut mode) }, || "cuThreadExchangeStreamCaptureMode".into())?;
+    check(unsafe { cu::cuThreadExchangeStreamCaptureMode(&mut mode) }, || {
+        "cuThreadExchangeStreamCaptureMode".into()
+    })?;
     result
 }
 
@@ -269,11 +302,23 @@ impl Function {
     /// # Safety
     /// `arguments` are the kernel's parameters, in order, each a pointer to a value of its type;
     /// device memory that they name outlives the launch on `stream`.
-    pub unsafe fn launch(self, name: &str, stream: usize, shape: Shape, arguments: &mut [*mut c_void]) -> Result<()> {
+    pub unsafe fn launch(
+        self,
+        name: &str,
+        stream: usize,
+        shape: Shape,
+        arguments: &mut [*mut c_void],
+    ) -> Result<()> {
         let config = shape.config(stream);
         // SAFETY: the caller's promise; the parameters are copied before the call returns.
-        let code = unsafe { cu::cuLaunchKernelEx(&config, self.0, arguments.as_mut_ptr(), null_mut()) };
-        check(code, || format!("launch of {name} with grid {:?}, {} threads, {} bytes of shared memory", shape.grid, shape.block, shape.shared))
+        let code =
+            unsafe { cu::cuLaunchKernelEx(&config, self.0, arguments.as_mut_ptr(), null_mut()) };
+        check(code, || {
+            format!(
+                "launch of {name} with grid {:?}, {} threads, {} bytes of shared memory",
+                shape.grid, shape.block, shape.shared
+            )
+        })
     }
 
     /// Blocks that one multiprocessor holds at once.
@@ -281,15 +326,27 @@ impl Function {
         let mut blocks = 0;
         // SAFETY: writes one integer.
         let code = unsafe {
-            cu::cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, self.0, shape.block as c_int, shape.shared as usize)
+            cu::cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                &mut blocks,
+                self.0,
+                shape.block as c_int,
+                shape.shared as usize,
+            )
         };
         check(code, || format!("cuOccupancyMaxActiveBlocksPerMultiprocessor({name})"))?;
         Ok(blocks as u32)
     }
 
     /// Clusters of `cluster` blocks that the device holds at once.
-    pub fn clusters(self, name: &str, cluster: u32, multiprocessors: u32, shape: Shape) -> Result<u32> {
-        let mut config = Shape { grid: (multiprocessors / cluster * cluster, 1), ..shape }.config(0);
+    pub fn clusters(
+        self,
+        name: &str,
+        cluster: u32,
+        multiprocessors: u32,
+        shape: Shape,
+    ) -> Result<u32> {
+        let mut config =
+            Shape { grid: (multiprocessors / cluster * cluster, 1), ..shape }.config(0);
         // SAFETY: an all-zero value is valid for this union of plain integers.
         let mut attribute: cu::CUlaunchAttribute = unsafe { std::mem::zeroed() };
         attribute.id = cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
@@ -315,7 +372,9 @@ pub unsafe fn zero(address: usize, bytes: usize, stream: usize) -> Result<()> {
         return Ok(());
     }
     // SAFETY: the caller's promise.
-    check(unsafe { cu::cuMemsetD8Async(address as u64, 0, bytes, stream as cu::CUstream) }, || "cuMemsetD8Async".into())
+    check(unsafe { cu::cuMemsetD8Async(address as u64, 0, bytes, stream as cu::CUstream) }, || {
+        "cuMemsetD8Async".into()
+    })
 }
 
 /// A matrix as the copy engine of sm_90 reads or writes it; passed to kernels by value.

@@ -24,7 +24,9 @@ pub enum Error {
         text: String,
     },
     /// No image of a kernel fits the device.
-    #[error("no image of kernel {kernel} fits {device}; `logitless info` lists the images of this build")]
+    #[error(
+        "no image of kernel {kernel} fits {device}; `logitless info` lists the images of this build"
+    )]
     NoImage {
         /// The kernel.
         kernel: String,

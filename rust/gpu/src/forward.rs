@@ -6,8 +6,12 @@ use crate::call::{Call, value};
 use crate::error::Result;
 use crate::launch::{Stream, suffix};
 use crate::params::{self, RowList};
-use crate::plan::{Arena, ForwardLayout, Geometry, ListBuffers, Path, Plan, padded, partials, pitch};
-use crate::product::{LogitMap, Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
+use crate::plan::{
+    Arena, ForwardLayout, Geometry, ListBuffers, Path, Plan, padded, partials, pitch,
+};
+use crate::product::{
+    LogitMap, Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores,
+};
 use crate::stored;
 
 /// Computes the statistics of `spec` for every row and writes them to `outputs`.
@@ -64,7 +68,11 @@ pub unsafe fn forward(
 }
 
 /// A workspace holds what the plan says, or more.
-pub(crate) fn check_workspace(argument: &'static str, workspace: &Tensor, bytes: usize) -> Result<()> {
+pub(crate) fn check_workspace(
+    argument: &'static str,
+    workspace: &Tensor,
+    bytes: usize,
+) -> Result<()> {
     workspace.expect_dtype(argument, &[DType::U8])?;
     if workspace.len() < bytes || !workspace.address().is_multiple_of(256) {
         let found = format!("{} bytes at {:#x}", workspace.len(), workspace.address());
@@ -76,7 +84,10 @@ pub(crate) fn check_workspace(argument: &'static str, workspace: &Tensor, bytes:
 /// The address of the store of a plan that has one.
 pub(crate) fn check_store(store: Option<&Tensor>, plan: &Plan) -> Result<usize> {
     let Some(store) = store else {
-        let expected = format!("the plan's {} bytes; a plan without a store has memory=\"lean\"", plan.store_bytes);
+        let expected = format!(
+            "the plan's {} bytes; a plan without a store has memory=\"lean\"",
+            plan.store_bytes
+        );
         return Err(logitless_core::Error::Missing { argument: "store", expected }.into());
     };
     check_workspace("store", store, plan.store_bytes)?;
@@ -130,8 +141,18 @@ impl Forward<'_> {
         let (ld_row, part_plane) = (padded(rows), tiles * padded(rows));
         for (index, first) in (0..call.classes).step_by(width).enumerate() {
             let count = width.min(call.classes - first);
-            let copy = layout.copy.map(|address| Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype)));
-            let choice = choose(&call.stream.device.facts, operation, call.dtype, call.mapped(), rows, count).expect("the plan found it");
+            let copy = layout.copy.map(|address| {
+                Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
+            });
+            let choice = choose(
+                &call.stream.device.facts,
+                operation,
+                call.dtype,
+                call.mapped(),
+                rows,
+                count,
+            )
+            .expect("the plan found it");
             let epilogue = params::Gemm {
                 count: list.count,
                 reference: layout.reference,
@@ -152,7 +173,13 @@ impl Forward<'_> {
             // SAFETY: operands checked, buffers of the layout.
             unsafe {
                 let weight = call.weight_rows(first, count, copy)?;
-                tensor_cores(call.stream, operation, &choice, &Operands { a: input, b: weight, d: None }, epilogue)?;
+                tensor_cores(
+                    call.stream,
+                    operation,
+                    &choice,
+                    &Operands { a: input, b: weight, d: None },
+                    epilogue,
+                )?;
             }
         }
         let last = call.classes - (call.classes - 1) / width * width;
@@ -171,15 +198,18 @@ impl Forward<'_> {
             chunk_tiles: chunk_tiles as i32,
             flags: 0,
         };
+        let (name, block) = if planes == 7 { ("finish_full", 256) } else { ("finish_online", 512) };
         // SAFETY: outputs checked, buffers of the layout.
-        unsafe { call.stream.launch("finish_statistics", (rows.div_ceil(32), 1), 256, 0, &finish) }
+        unsafe { call.stream.launch(name, (rows.div_ceil(32), 1), block, 0, &finish) }
     }
 
     /// Tiles of logits, folded into each row's state.
     unsafe fn tiled(&self, list: RowList, input: Matrix, bias: usize) -> Result<()> {
         let (call, layout) = (self.call, self.layout);
         let width = call.plan.chunks.0;
-        let copy = layout.copy.map(|address| Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype)));
+        let copy = layout.copy.map(|address| {
+            Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
+        });
         let z = Matrix::packed(layout.z, call.acc, width, width);
         let common = params::Tile {
             saved: params::Fields { target: 0, ..self.fields() },
@@ -212,8 +242,13 @@ impl Forward<'_> {
 }
 
 /// The rows that are not ignored, and a matrix of them that products can read.
-pub(crate) unsafe fn select(call: &Call, buffers: ListBuffers, packed: usize) -> Result<(RowList, Matrix)> {
-    let packed = Matrix::packed(packed, call.dtype, call.features, pitch(call.features, call.dtype));
+pub(crate) unsafe fn select(
+    call: &Call,
+    buffers: ListBuffers,
+    packed: usize,
+) -> Result<(RowList, Matrix)> {
+    let packed =
+        Matrix::packed(packed, call.dtype, call.features, pitch(call.features, call.dtype));
     if call.targets().has_ignore == 0 {
         let readable = |input: &Matrix| call.dtype == DType::F64 || input.describable();
         if let Some(input) = call.input_matrix().filter(readable) {
@@ -241,11 +276,26 @@ pub(crate) unsafe fn select(call: &Call, buffers: ListBuffers, packed: usize) ->
 }
 
 /// A tile of logits of live rows and classes `chunk.0 .. chunk.0 + chunk.1`.
-pub(crate) unsafe fn logits(call: &Call, list: RowList, input: Matrix, weight: Matrix, z: Matrix, bias: usize, chunk: (usize, usize)) -> Result<()> {
+pub(crate) unsafe fn logits(
+    call: &Call,
+    list: RowList,
+    input: Matrix,
+    weight: Matrix,
+    z: Matrix,
+    bias: usize,
+    chunk: (usize, usize),
+) -> Result<()> {
     let (first, count) = chunk;
     let bias = if bias == 0 { 0 } else { bias + call.acc.size() * first };
     let operands = Operands { a: input, b: weight, d: Some(z) };
-    let choice = choose(&call.stream.device.facts, Operation::Logits, call.dtype, call.mapped(), call.rows, count);
+    let choice = choose(
+        &call.stream.device.facts,
+        Operation::Logits,
+        call.dtype,
+        call.mapped(),
+        call.rows,
+        count,
+    );
     match choice.filter(|_| input.describable() && weight.describable()) {
         Some(choice) => {
             let epilogue = params::Gemm {

@@ -95,7 +95,10 @@ pub fn inventory() -> Vec<(Arch, usize, usize, usize)> {
     let targets = [Arch::Sm80, Arch::Sm86, Arch::Sm89, Arch::Sm90a, Arch::Sm120, Arch::Compute80];
     let count = |arch: Arch| {
         let images = || IMAGES.iter().filter(move |image| image.arch == arch);
-        let (kernels, bytes) = (images().map(|image| image.kernels.len()).sum(), images().map(|image| image.packed).sum());
+        let (kernels, bytes) = (
+            images().map(|image| image.kernels.len()).sum(),
+            images().map(|image| image.packed).sum(),
+        );
         (arch, images().count(), kernels, bytes)
     };
     targets.map(count).into_iter().filter(|entry| entry.1 > 0).collect()
@@ -112,7 +115,9 @@ fn find(name: &str, capability: (u32, u32)) -> Option<usize> {
         index
     });
     let images = index.get(name)?;
-    candidates(capability).iter().find_map(|&arch| images.iter().copied().find(|&image| IMAGES[image].arch == arch))
+    candidates(capability)
+        .iter()
+        .find_map(|&arch| images.iter().copied().find(|&image| IMAGES[image].arch == arch))
 }
 
 /// Whether a kernel can run on a device, and its tile.
@@ -136,14 +141,18 @@ pub struct Kernel {
 pub fn kernel(device: &Device, name: &str) -> Result<Kernel> {
     type Loaded = HashMap<(usize, String), Kernel>;
     static KERNELS: OnceLock<Mutex<Loaded>> = OnceLock::new();
-    let mut loaded = KERNELS.get_or_init(Mutex::default).lock().unwrap_or_else(|poison| poison.into_inner());
+    let mut loaded =
+        KERNELS.get_or_init(Mutex::default).lock().unwrap_or_else(|poison| poison.into_inner());
     let key = (device.ordinal, name.to_owned());
     if let Some(&kernel) = loaded.get(&key) {
         return Ok(kernel);
     }
     let missing = || {
         let (major, minor) = device.facts.capability;
-        Error::NoImage { kernel: name.into(), device: format!("{} (sm_{major}{minor})", device.facts.name) }
+        Error::NoImage {
+            kernel: name.into(),
+            device: format!("{} (sm_{major}{minor})", device.facts.name),
+        }
     };
     let number = find(name, device.facts.capability).ok_or_else(missing)?;
     let kernel = driver::outside_capture(|| {
@@ -171,7 +180,9 @@ pub fn kernel(device: &Device, name: &str) -> Result<Kernel> {
 pub fn load_all(device: &Device) -> Result<()> {
     for image in IMAGES {
         for name in image.kernels {
-            if find(name, device.facts.capability).is_some_and(|number| std::ptr::eq(&IMAGES[number], image)) {
+            if find(name, device.facts.capability)
+                .is_some_and(|number| std::ptr::eq(&IMAGES[number], image))
+            {
                 kernel(device, name)?;
             }
         }
@@ -185,8 +196,11 @@ fn library(number: usize) -> Result<Library> {
     let libraries = LIBRARIES.get_or_init(|| IMAGES.iter().map(|_| OnceLock::new()).collect());
     let load = || {
         let image = &IMAGES[number];
-        let code = miniz_oxide::inflate::decompress_to_vec_with_limit(&BLOB[image.offset..][..image.packed], image.size)
-            .expect("the build compressed it");
+        let code = miniz_oxide::inflate::decompress_to_vec_with_limit(
+            &BLOB[image.offset..][..image.packed],
+            image.size,
+        )
+        .expect("the build compressed it");
         Library::load(&code)
     };
     libraries[number].get_or_init(load).clone()
@@ -210,7 +224,9 @@ mod tests {
     #[test]
     fn every_image_inflates_to_its_size() {
         for image in IMAGES {
-            let code = miniz_oxide::inflate::decompress_to_vec(&BLOB[image.offset..][..image.packed]).unwrap();
+            let code =
+                miniz_oxide::inflate::decompress_to_vec(&BLOB[image.offset..][..image.packed])
+                    .unwrap();
             assert_eq!(code.len(), image.size);
             let start: &[u8] = if image.arch == Arch::Compute80 { b"//" } else { b"\x7fELF" };
             assert!(code.starts_with(start), "{:?}", image.kernels);
@@ -221,7 +237,10 @@ mod tests {
     fn kernels_are_unique_within_a_target() {
         for (number, image) in IMAGES.iter().enumerate() {
             for other in &IMAGES[..number] {
-                let clash = image.kernels.iter().find(|name| other.arch == image.arch && other.kernels.contains(name));
+                let clash = image
+                    .kernels
+                    .iter()
+                    .find(|name| other.arch == image.arch && other.kernels.contains(name));
                 assert_eq!(clash, None);
             }
         }

@@ -38,7 +38,10 @@ pub fn info() -> Info {
         reason: images::absent().into(),
         driver: 0,
         devices: Vec::new(),
-        images: inventory.iter().map(|&(arch, _, kernels, bytes)| (arch.name(), kernels, bytes)).collect(),
+        images: inventory
+            .iter()
+            .map(|&(arch, _, kernels, bytes)| (arch.name(), kernels, bytes))
+            .collect(),
     };
     match driver() {
         Ok(driver) => {
@@ -51,7 +54,11 @@ pub fn info() -> Info {
                             name: facts.name.clone(),
                             capability: facts.capability,
                             multiprocessors: facts.multiprocessors,
-                            images: candidates(facts.capability).iter().filter(|&&arch| has(arch)).map(|arch| arch.name()).collect(),
+                            images: candidates(facts.capability)
+                                .iter()
+                                .filter(|&&arch| has(arch))
+                                .map(|arch| arch.name())
+                                .collect(),
                         });
                     }
                     Err(error) => info.reason = error.to_string(),

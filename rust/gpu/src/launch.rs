@@ -27,7 +27,14 @@ impl Stream {
     ///
     /// # Safety
     /// The parameters name memory that is valid for what the kernel does with it.
-    pub unsafe fn launch<P>(&self, name: &str, grid: (usize, usize), block: u32, shared: u32, params: &P) -> Result<()> {
+    pub unsafe fn launch<P>(
+        &self,
+        name: &str,
+        grid: (usize, usize),
+        block: u32,
+        shared: u32,
+        params: &P,
+    ) -> Result<()> {
         if grid.0 == 0 || grid.1 == 0 {
             return Ok(());
         }
@@ -42,7 +49,14 @@ impl Stream {
     ///
     /// # Safety
     /// As for `launch`.
-    pub unsafe fn launch_tiles(&self, name: &str, kernel: Kernel, tiles: usize, maps: Option<&[TensorMap; 3]>, params: &params::Gemm) -> Result<()> {
+    pub unsafe fn launch_tiles(
+        &self,
+        name: &str,
+        kernel: Kernel,
+        tiles: usize,
+        maps: Option<&[TensorMap; 3]>,
+        params: &params::Gemm,
+    ) -> Result<()> {
         let tile = kernel.tile.expect("a tensor-core kernel has a tile");
         let wanted = (tiles * tile.cluster as usize).min(kernel.blocks as usize);
         let shape = Shape { grid: (wanted as u32, 1), block: tile.threads, shared: tile.shared };

@@ -211,7 +211,7 @@ pub struct TargetLogits {
 }
 const _: () = assert!(size_of::<TargetLogits>() == 224);
 
-/// `finish_statistics`.
+/// `finish_online`, `finish_fixed`, `finish_full`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Finish {

@@ -110,9 +110,20 @@ impl Geometry {
     pub fn new(spec: &Spec, plan: &Plan, facts: &Facts) -> Geometry {
         let Plan { rows, features, classes, dtype, path, direct_weight, gradients, .. } = *plan;
         let operation = partials(path);
-        let part_columns = choose(facts, operation, dtype, false, rows, classes).map_or(64, |choice| choice.part_columns());
+        let part_columns = choose(facts, operation, dtype, false, rows, classes)
+            .map_or(64, |choice| choice.part_columns());
         let state = FIXED_SLOTS + 2 * spec.powers().len() + 2 * spec.vectors() + 2 * spec.topk();
-        Geometry { rows, features, classes, dtype, path, direct_weight, gradients, state, part_columns }
+        Geometry {
+            rows,
+            features,
+            classes,
+            dtype,
+            path,
+            direct_weight,
+            gradients,
+            state,
+            part_columns,
+        }
     }
 
     fn acc(&self) -> DType {
@@ -206,7 +217,9 @@ impl ForwardLayout {
                 z = arena.take("logits", acc * rows * width);
             }
         }
-        let copy = (!g.direct_weight).then(|| arena.take("weight copy", width * pitch(g.features, g.dtype) * g.dtype.size()));
+        let copy = (!g.direct_weight).then(|| {
+            arena.take("weight copy", width * pitch(g.features, g.dtype) * g.dtype.size())
+        });
         ForwardLayout { list, packed, target, reference, bias, part, state, z, copy }
     }
 }
@@ -249,17 +262,40 @@ impl BackwardLayout {
         let dots = arena.take("coefficients", if g.wants(wanted::SCALE) { 8 * g.rows } else { 0 });
         let packed = (!borrow).then(|| arena.take("packed input", g.packed_bytes()));
         let with_sums = g.wants(wanted::INPUT | wanted::SCALE);
-        let sums = arena.take("input sums", if with_sums { acc * rows * pitch(g.features, g.acc()) } else { 0 });
+        let sums = arena.take(
+            "input sums",
+            if with_sums { acc * rows * pitch(g.features, g.acc()) } else { 0 },
+        );
         let size = g.dtype.size();
         // Gradients of the accumulators' type overwrite the logits they are made of.
         let in_place = g.dtype == g.acc();
         let z = arena.take("logits", if g.path == Path::Tiled { acc * rows * width } else { 0 });
-        let dx = if g.path == Path::Tiled && in_place { z } else { arena.take("logit gradients", size * rows * width) };
-        let copy = (!g.direct_weight).then(|| arena.take("weight copy", width * pitch(g.features, g.dtype) * size));
+        let dx = if g.path == Path::Tiled && in_place {
+            z
+        } else {
+            arena.take("logit gradients", size * rows * width)
+        };
+        let copy = (!g.direct_weight)
+            .then(|| arena.take("weight copy", width * pitch(g.features, g.dtype) * size));
         let apart = g.wants(wanted::WEIGHT) && !g.weight_rows_fit();
-        let weight_sums = apart.then(|| arena.take("weight sums", acc * width * pitch(g.features, g.acc())));
+        let weight_sums =
+            apart.then(|| arena.take("weight sums", acc * width * pitch(g.features, g.acc())));
         BackwardLayout {
-            list, live, block_max, scalars, coef, target, reference, bias, dots, packed, sums, z, dx, copy, weight_sums,
+            list,
+            live,
+            block_max,
+            scalars,
+            coef,
+            target,
+            reference,
+            bias,
+            dots,
+            packed,
+            sums,
+            z,
+            dx,
+            copy,
+            weight_sums,
         }
     }
 
@@ -313,7 +349,11 @@ pub(crate) fn plan_for(
 ) -> Result<Plan> {
     let limit = |argument, value: usize, most: usize| {
         let expected = format!("at most {most} on CUDA");
-        if value > most { Err(CallError::Value { argument, value: value.to_string(), expected }) } else { Ok(()) }
+        if value > most {
+            Err(CallError::Value { argument, value: value.to_string(), expected })
+        } else {
+            Ok(())
+        }
     };
     limit("powers", spec.powers().len(), MAX_POWERS)?;
     for (argument, value) in [("rows", rows), ("features", features), ("classes", classes)] {
@@ -354,7 +394,10 @@ pub(crate) fn plan_for(
     plan.chunks.0 = match path {
         Path::Fused { .. } if contiguous => classes.max(1),
         // A tile of logits that stays in a large L2 on its way to the row kernel, and fills the device.
-        _ => (TILE_BYTES / (padded(rows).max(1) * g.acc().size())).clamp(512, 32_768).next_multiple_of(384).min(classes.next_multiple_of(64).max(64)),
+        _ => (TILE_BYTES / (padded(rows).max(1) * g.acc().size()))
+            .clamp(512, 32_768)
+            .next_multiple_of(384)
+            .min(classes.next_multiple_of(64).max(64)),
     };
     let mut arena = Arena::at(0);
     ForwardLayout::lay(&mut arena, &g, plan.chunks.0);
@@ -382,7 +425,9 @@ fn may_store(g: &Geometry, spec: &Spec, facts: &Facts) -> bool {
         && g.wants(wanted::WEIGHT)
         && !g.wants(wanted::SCALE)
         && g.weight_rows_fit()
-        && [Operation::StoreExp, Operation::Repair, Operation::De].iter().all(|&operation| exists(facts, operation, g.dtype))
+        && [Operation::StoreExp, Operation::Repair, Operation::De]
+            .iter()
+            .all(|&operation| exists(facts, operation, g.dtype))
 }
 
 /// The plan of the stored mode.
@@ -390,7 +435,8 @@ fn stored_plan(mut plan: Plan, g: &Geometry, store: Arena) -> Plan {
     let (mut forward, mut backward) = (Arena::at(0), Arena::at(0));
     StoredForwardLayout::lay(&mut forward, g);
     StoredBackwardLayout::lay(&mut backward, g);
-    (plan.store_bytes, plan.forward_bytes, plan.backward_bytes) = (store.used, forward.used, backward.used);
+    (plan.store_bytes, plan.forward_bytes, plan.backward_bytes) =
+        (store.used, forward.used, backward.used);
     plan.parts = store.parts;
     plan.parts.extend(if forward.used > backward.used { forward.parts } else { backward.parts });
     plan.chunks = (plan.classes, plan.classes);
@@ -480,7 +526,9 @@ fn path(spec: &Spec, dtype: DType, facts: &Facts, rows: usize, classes: usize) -
         () => 2,
     };
     let fused = spec.targets() <= 1
-        && spec.statistics().all(|name| ["rest", "target", "entropy", "sum", "sum_sq", "variance", "max"].contains(&name));
+        && spec.statistics().all(|name| {
+            ["rest", "target", "entropy", "sum", "sum_sq", "variance", "max"].contains(&name)
+        });
     let path = Path::Fused { planes };
     let available = [partials(path), Operation::Gradient, Operation::DwF32, Operation::DeF32]
         .iter()
@@ -492,7 +540,8 @@ fn path(spec: &Spec, dtype: DType, facts: &Facts, rows: usize, classes: usize) -
 fn backward_width(g: &Geometry, memory: Memory, facts: &Facts) -> usize {
     let gradient = |bit, bytes: usize| if g.gradients & bit != 0 { bytes } else { 0 };
     let size = g.dtype.size();
-    let gradients = gradient(wanted::INPUT, g.rows * g.features * size) + gradient(wanted::WEIGHT, g.classes * g.features * size);
+    let gradients = gradient(wanted::INPUT, g.rows * g.features * size)
+        + gradient(wanted::WEIGHT, g.classes * g.features * size);
     // Lean's promise: a quarter of the gradients beside them, or 256 MiB.
     let lean = (gradients / 4).max(256 << 20);
     let budget = match memory {
@@ -518,7 +567,8 @@ fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
     const LAUNCH: f64 = 30e-6 * 0.6e15 / 132.0 / 2.0;
     let chunk = |width: usize| {
         let cost = |operation, m, n, depth: usize| {
-            choose(facts, operation, g.dtype, false, m, n).map_or(0.0, |choice| choice.cost(facts, m, n) * depth as f64 + LAUNCH)
+            choose(facts, operation, g.dtype, false, m, n)
+                .map_or(0.0, |choice| choice.cost(facts, m, n) * depth as f64 + LAUNCH)
         };
         let logits = if g.path == Path::Tiled { Operation::Logits } else { Operation::Gradient };
         cost(logits, g.rows, width, g.features)
@@ -527,4 +577,78 @@ fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
     };
     let (whole, last) = (g.classes / width, g.classes % width);
     whole as f64 * chunk(width) + if last > 0 { chunk(last) } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn h200() -> Facts {
+        Facts { name: "test".into(), capability: (9, 0), multiprocessors: 132, shared: 232_448 }
+    }
+
+    fn make(statistics: &[&str], targets: usize, memory: Memory, gradients: u32) -> Plan {
+        let spec = Spec::new(statistics, &[], 0, 0, targets).unwrap();
+        plan_for(&spec, 8192, 4096, 128_256, DType::Bf16, memory, gradients, true, &h200()).unwrap()
+    }
+
+    #[test]
+    fn lean_keeps_its_promise() {
+        for gradients in [1, 2, 3, 7, 15] {
+            let plan = make(&["rest", "target"], 1, Memory::Lean, gradients);
+            let bytes =
+                |bit: u32, rows: usize| if gradients & bit != 0 { rows * 4096 * 2 } else { 0 };
+            let outputs = bytes(1, 8192) + bytes(2, 128_256);
+            assert!(plan.backward_bytes <= (outputs / 4).max(256 << 20), "{plan:?}");
+            assert_eq!(plan.store_bytes, 0);
+        }
+    }
+
+    #[test]
+    fn fast_stores_cross_entropy_where_a_kernel_can() {
+        let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
+        let plan = make(&["rest", "target"], 1, Memory::Fast, 3);
+        let possible = exists(&h200(), Operation::StoreExp, DType::Bf16);
+        assert_eq!(plan.stored, possible);
+        assert_eq!(plan.store_bytes > 8192 * 128_256 * 2, possible);
+        // The scale's gradient needs sums in float.
+        assert!(!make(&["rest", "target"], 1, Memory::Fast, 11).stored);
+        let tiny = plan_for(&spec, 8, 64, 100, DType::F16, Memory::Fast, 3, true, &h200()).unwrap();
+        assert!(!tiny.stored);
+    }
+
+    #[test]
+    fn what_the_epilogues_lack_goes_through_tiles() {
+        for (statistics, targets) in [(&["rest", "target"][..], 3), (&["dot", "rest"], 1)] {
+            assert_eq!(make(statistics, targets, Memory::Lean, 3).path, Path::Tiled);
+        }
+    }
+
+    #[test]
+    fn layouts_are_linear_in_the_width() {
+        let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
+        for contiguous in [true, false] {
+            for dtype in [DType::Bf16, DType::F32, DType::F64] {
+                let facts = h200();
+                let plan =
+                    plan_for(&spec, 1000, 33, 5003, dtype, Memory::Lean, 15, contiguous, &facts);
+                let g = Geometry::new(&spec, &plan.unwrap(), &facts);
+                for borrow in [true, false] {
+                    for width in [64, 640, 4992] {
+                        let mut arena = Arena::at(0);
+                        BackwardLayout::lay(&mut arena, &g, width, borrow);
+                        assert_eq!(BackwardLayout::widest(&g, arena.used, borrow), width);
+                        assert_eq!(BackwardLayout::widest(&g, arena.used - 1, borrow), width - 64);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn too_many_exponents_are_refused() {
+        let spec = Spec::new(&["rest_power"], &[2.0; 9], 0, 0, 0).unwrap();
+        let plan = plan_for(&spec, 8, 8, 8, DType::F32, Memory::Lean, 0, true, &h200());
+        assert!(plan.unwrap_err().to_string().contains("at most 8"));
+    }
 }

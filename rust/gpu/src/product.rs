@@ -23,7 +23,13 @@ impl Matrix {
     pub fn of(tensor: &Tensor) -> Matrix {
         let ((_, row), (columns, column)) = (tensor.axis(0), tensor.axis(1));
         let (row_stride, column_stride) = (row as i64, column as i64);
-        Matrix { address: tensor.address(), dtype: tensor.dtype(), columns, row_stride, column_stride }
+        Matrix {
+            address: tensor.address(),
+            dtype: tensor.dtype(),
+            columns,
+            row_stride,
+            column_stride,
+        }
     }
 
     /// Adjacent columns, rows `pitch` apart.
@@ -34,7 +40,7 @@ impl Matrix {
     /// Whether copies of 16 bytes can read its rows.
     pub fn describable(&self) -> bool {
         self.column_stride == 1
-            && self.address % 16 == 0
+            && self.address.is_multiple_of(16)
             && self.row_stride >= self.columns as i64
             && self.row_stride * self.dtype.size() as i64 % 16 == 0
     }
@@ -128,8 +134,7 @@ impl Operation {
 }
 
 /// Names of the tiles, those that move fewer bytes a product first.
-const TILES: [&str; 6] =
-    ["c256x192", "c128x256", "c128x192", "p128x192", "t128x256", "t128x128"];
+const TILES: [&str; 6] = ["c256x192", "c128x256", "c128x192", "p128x192", "t128x256", "t128x128"];
 
 /// A kernel for a product and its tile.
 #[derive(Clone, Debug)]
@@ -170,7 +175,14 @@ impl Choice {
 }
 
 /// The kernel for a product of (m, n) outputs on a device, if there is one.
-pub(crate) fn choose(facts: &Facts, operation: Operation, dtype: DType, mapped: bool, m: usize, n: usize) -> Option<Choice> {
+pub(crate) fn choose(
+    facts: &Facts,
+    operation: Operation,
+    dtype: DType,
+    mapped: bool,
+    m: usize,
+    n: usize,
+) -> Option<Choice> {
     if dtype == DType::F64 {
         return None;
     }
@@ -194,8 +206,9 @@ pub(crate) fn choose(facts: &Facts, operation: Operation, dtype: DType, mapped: 
 
 /// Whether an operation has a kernel of its own on a device.
 pub(crate) fn exists(facts: &Facts, operation: Operation, dtype: DType) -> bool {
-    choose(facts, operation, dtype, false, 1, 1)
-        .is_some_and(|choice| choice.name.starts_with(&format!("{}_{}", operation.name(), suffix(dtype))))
+    choose(facts, operation, dtype, false, 1, 1).is_some_and(|choice| {
+        choice.name.starts_with(&format!("{}_{}", operation.name(), suffix(dtype)))
+    })
 }
 
 /// Operands of a product, as stored: K-major (rows of K), or with K as rows where the operation says so.
@@ -210,7 +223,13 @@ pub(crate) struct Operands {
 ///
 /// # Safety
 /// Operands and epilogue describe device memory that is valid for the extents.
-pub(crate) unsafe fn tensor_cores(stream: &Stream, operation: Operation, choice: &Choice, operands: &Operands, epilogue: params::Gemm) -> Result<()> {
+pub(crate) unsafe fn tensor_cores(
+    stream: &Stream,
+    operation: Operation,
+    choice: &Choice,
+    operands: &Operands,
+    epilogue: params::Gemm,
+) -> Result<()> {
     let (m, n, k) = (epilogue.m as usize, epilogue.n as usize, epilogue.k as usize);
     if m == 0 || n == 0 {
         return Ok(());
@@ -231,11 +250,19 @@ pub(crate) unsafe fn tensor_cores(stream: &Stream, operation: Operation, choice:
     let kernel = images::kernel(stream.device, &choice.name)?;
     if !choice.by_maps() {
         // SAFETY: the caller's promise.
-        return unsafe { stream.launch_tiles(&choice.name, kernel, choice.tiles(m, n), None, &params) };
+        return unsafe {
+            stream.launch_tiles(&choice.name, kernel, choice.tiles(m, n), None, &params)
+        };
     }
     let map = |matrix: &Matrix, columns: usize, rows: usize, tile: (u32, u32)| {
         let pitch = matrix.row_stride as usize * matrix.dtype.size();
-        TensorMap::encode(TensorMapSpec { address: matrix.address, dtype: matrix.dtype, extent: (columns, rows), pitch, tile })
+        TensorMap::encode(TensorMapSpec {
+            address: matrix.address,
+            dtype: matrix.dtype,
+            extent: (columns, rows),
+            pitch,
+            tile,
+        })
     };
     let (a_rows_are_k, b_rows_are_k) = operation.transposed();
     let map_a = if a_rows_are_k { map(a, m, k, (64, 64))? } else { map(a, k, m, (64, tile.m))? };
@@ -251,7 +278,15 @@ pub(crate) unsafe fn tensor_cores(stream: &Stream, operation: Operation, choice:
         None => map_a,
     };
     // SAFETY: the caller's promise.
-    unsafe { stream.launch_tiles(&choice.name, kernel, choice.tiles(m, n), Some(&[map_a, map_b, map_d]), &params) }
+    unsafe {
+        stream.launch_tiles(
+            &choice.name,
+            kernel,
+            choice.tiles(m, n),
+            Some(&[map_a, map_b, map_d]),
+            &params,
+        )
+    }
 }
 
 /// From products to logits. Addresses are 0 for none.
@@ -282,12 +317,21 @@ pub(crate) struct PlainEpilogue {
 ///
 /// # Safety
 /// As for `tensor_cores`.
-pub(crate) unsafe fn plain(stream: &Stream, operation: Operation, operands: &Operands, epilogue: PlainEpilogue) -> Result<()> {
+pub(crate) unsafe fn plain(
+    stream: &Stream,
+    operation: Operation,
+    operands: &Operands,
+    epilogue: PlainEpilogue,
+) -> Result<()> {
     let Operands { a, b, d } = operands;
     let d = d.expect("plain products store their result");
     let (a_rows_are_k, b_rows_are_k) = operation.transposed();
     let strides = |matrix: &Matrix, rows_are_k: bool| {
-        if rows_are_k { (matrix.column_stride, matrix.row_stride) } else { (matrix.row_stride, matrix.column_stride) }
+        if rows_are_k {
+            (matrix.column_stride, matrix.row_stride)
+        } else {
+            (matrix.row_stride, matrix.column_stride)
+        }
     };
     let ((a_m, a_k), (b_n, b_k)) = (strides(a, a_rows_are_k), strides(b, b_rows_are_k));
     let LogitMap { scale, scale_at, softcap, bias } = epilogue.logits.unwrap_or_default();

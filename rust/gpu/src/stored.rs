@@ -11,7 +11,9 @@ use crate::call::{Call, row_view, value, vector};
 use crate::error::Result;
 use crate::forward::select;
 use crate::params::{self, Fields, RowList};
-use crate::plan::{Arena, Geometry, StoreLayout, StoredBackwardLayout, StoredForwardLayout, padded, pitch};
+use crate::plan::{
+    Arena, Geometry, StoreLayout, StoredBackwardLayout, StoredForwardLayout, padded, pitch,
+};
 use crate::product::{Choice, Matrix, Operands, Operation, choose, tensor_cores};
 
 /// Bytes of an accumulator.
@@ -19,7 +21,8 @@ const F32: usize = 4;
 
 fn kernel(call: &Call, operation: Operation, m: usize, n: usize) -> Choice {
     let mapped = call.mapped() && matches!(operation, Operation::StoreExp | Operation::Repair);
-    choose(&call.stream.device.facts, operation, call.dtype, mapped, m, n).expect("the plan found it")
+    choose(&call.stream.device.facts, operation, call.dtype, mapped, m, n)
+        .expect("the plan found it")
 }
 
 fn exponentials(call: &Call, g: &Geometry, store: &StoreLayout) -> Matrix {
@@ -27,9 +30,16 @@ fn exponentials(call: &Call, g: &Geometry, store: &StoreLayout) -> Matrix {
 }
 
 /// Outputs `rest` and `target`, and the store.
-pub(crate) unsafe fn forward(call: &Call, g: &Geometry, out: Fields, store: usize, workspace: usize) -> Result<()> {
+pub(crate) unsafe fn forward(
+    call: &Call,
+    g: &Geometry,
+    out: Fields,
+    store: usize,
+    workspace: usize,
+) -> Result<()> {
     if call.problem.softcap > 0.0 {
-        let expected = "0 with stored exponentials: make the plan of a softcap with memory=-1".into();
+        let expected =
+            "0 with stored exponentials: make the plan of a softcap with memory=-1".into();
         return Err(value("softcap", call.problem.softcap.to_string(), expected));
     }
     let store = StoreLayout::lay(&mut Arena::at(store), g);
@@ -37,7 +47,7 @@ pub(crate) unsafe fn forward(call: &Call, g: &Geometry, out: Fields, store: usiz
     let (rows, blocks) = (call.rows, call.rows.div_ceil(256));
     let tiles = call.classes.div_ceil(g.part_columns);
     let ld_row = padded(rows);
-    // SAFETY (all of it): operands checked, buffers of the layouts.
+    // SAFETY: all of it: operands checked, buffers of the layouts.
     unsafe {
         let (list, input) = select(call, store.list, layout.packed)?;
         let bias = call.widen_bias(layout.bias)?;
@@ -64,7 +74,8 @@ pub(crate) unsafe fn forward(call: &Call, g: &Geometry, out: Fields, store: usiz
             ..params::Gemm::default()
         };
         let store_exp = kernel(call, Operation::StoreExp, rows, call.classes);
-        let operands = Operands { a: input, b: call.weight, d: Some(exponentials(call, g, &store)) };
+        let operands =
+            Operands { a: input, b: call.weight, d: Some(exponentials(call, g, &store)) };
         tensor_cores(call.stream, Operation::StoreExp, &store_exp, &operands, product)?;
         let finish = params::Finish {
             out: Fields { rest: out.rest, ..Fields::default() },
@@ -81,7 +92,7 @@ pub(crate) unsafe fn forward(call: &Call, g: &Geometry, out: Fields, store: usiz
             chunk_tiles: tiles as i32,
             flags: layout.flags,
         };
-        call.stream.launch("finish_statistics", (rows.div_ceil(32), 1), 256, 0, &finish)?;
+        call.stream.launch("finish_fixed", (rows.div_ceil(32), 1), 512, 0, &finish)?;
 
         let gate = params::Gate { flags: layout.flags, gate: layout.gate, blocks: blocks as i64 };
         call.stream.launch("gate_blocks", (1, 1), 256, 0, &gate)?;
@@ -120,10 +131,19 @@ impl Stored<'_> {
         let (call, g) = (self.call, self.g);
         let store = StoreLayout::lay(&mut Arena::at(store), g);
         let layout = StoredBackwardLayout::lay(&mut Arena::at(workspace), g);
-        let list = if call.targets().has_ignore != 0 { call.live_rows(store.list) } else { call.all_rows() };
+        let list = if call.targets().has_ignore != 0 {
+            call.live_rows(store.list)
+        } else {
+            call.all_rows()
+        };
         let x = exponentials(call, g, &store);
-        let packed = Matrix::packed(layout.packed, call.dtype, call.features, pitch(call.features, call.dtype));
-        // SAFETY (all of it): operands checked, buffers of the layouts.
+        let packed = Matrix::packed(
+            layout.packed,
+            call.dtype,
+            call.features,
+            pitch(call.features, call.dtype),
+        );
+        // SAFETY: all of it: operands checked, buffers of the layouts.
         unsafe {
             self.factors(list, &store, &layout)?;
             self.set_targets(list, &store, layout.ratio)?;
@@ -135,7 +155,12 @@ impl Stored<'_> {
         }
     }
 
-    unsafe fn factors(&self, list: RowList, store: &StoreLayout, layout: &StoredBackwardLayout) -> Result<()> {
+    unsafe fn factors(
+        &self,
+        list: RowList,
+        store: &StoreLayout,
+        layout: &StoredBackwardLayout,
+    ) -> Result<()> {
         let (call, rows) = (self.call, padded(self.call.rows));
         let params = params::Factors {
             list,
@@ -160,7 +185,15 @@ impl Stored<'_> {
         let pitch = self.g.store_pitch() as i64;
         let params = params::SetTargets { list, target: store.target, value, x: store.x, pitch };
         // SAFETY: buffers of the layouts.
-        unsafe { self.call.stream.launch("set_targets_bf16", (self.call.rows.div_ceil(256), 1), 256, 0, &params) }
+        unsafe {
+            self.call.stream.launch(
+                "set_targets_bf16",
+                (self.call.rows.div_ceil(256), 1),
+                256,
+                0,
+                &params,
+            )
+        }
     }
 
     unsafe fn scaled_input(&self, list: RowList, packed: Matrix, factor: usize) -> Result<()> {
@@ -173,7 +206,13 @@ impl Stored<'_> {
             features: call.features as i32,
             padded: rows as i32,
         };
-        let params = params::Scale { gather, factor, scale_at: call.scale_at, scale: call.problem.logit_scale as f32, reserved: 0 };
+        let params = params::Scale {
+            gather,
+            factor,
+            scale_at: call.scale_at,
+            scale: call.problem.logit_scale as f32,
+            reserved: 0,
+        };
         // SAFETY: operands checked, buffers of the layouts.
         unsafe { call.stream.launch("scale_rows_bf16", (rows, 1), 256, 0, &params) }
     }
@@ -183,7 +222,11 @@ impl Stored<'_> {
         let out = Matrix::of(d_weight);
         if !out.describable() {
             let expected = "adjacent features and rows of 16-byte multiples; or memory=\"lean\"";
-            return Err(value("d_weight", format!("strides {:?}", d_weight.strides()), expected.into()));
+            return Err(value(
+                "d_weight",
+                format!("strides {:?}", d_weight.strides()),
+                expected.into(),
+            ));
         }
         let operation = if out.dtype == call.dtype { Operation::Dw } else { Operation::DwF32 };
         let epilogue = params::Gemm {
@@ -198,7 +241,15 @@ impl Stored<'_> {
         };
         let choice = kernel(call, operation, call.classes, call.features);
         // SAFETY: operands checked, buffers of the layouts.
-        unsafe { tensor_cores(call.stream, operation, &choice, &Operands { a: x, b: scaled, d: Some(out) }, epilogue) }
+        unsafe {
+            tensor_cores(
+                call.stream,
+                operation,
+                &choice,
+                &Operands { a: x, b: scaled, d: Some(out) },
+                epilogue,
+            )
+        }
     }
 
     unsafe fn bias_gradient(&self, list: RowList, x: Matrix, factor: usize) -> Result<()> {
@@ -250,7 +301,13 @@ impl Stored<'_> {
         let d = Some(if direct { in_place } else { packed });
         // SAFETY: operands checked, buffers of the layouts.
         unsafe {
-            tensor_cores(call.stream, Operation::De, &choice, &Operands { a: x, b: call.weight, d }, epilogue)?;
+            tensor_cores(
+                call.stream,
+                Operation::De,
+                &choice,
+                &Operands { a: x, b: call.weight, d },
+                epilogue,
+            )?;
         }
         if direct {
             return Ok(());

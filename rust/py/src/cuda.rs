@@ -192,7 +192,17 @@ pub fn cuda_forward(
     // SAFETY: Python holds every array behind the addresses until the stream has passed this call
     // (its allocator reuses memory in stream order), with shapes and strides inside them.
     py.detach(|| unsafe {
-        gpu::forward(spec, &problem, &outputs, plan, device, stream, &workspace.0, store.as_ref(), scale.as_ref())
+        gpu::forward(
+            spec,
+            &problem,
+            &outputs,
+            plan,
+            device,
+            stream,
+            &workspace.0,
+            store.as_ref(),
+            scale.as_ref(),
+        )
     })
     .map_err(error)
 }

@@ -1,4 +1,5 @@
-// partial.cuh - what the planes of a tensor-core tile hold for one row: loaded, merged in a fixed order, written as outputs.
+// partial.cuh - what the planes of a tensor-core tile hold for one row: loaded, merged in a fixed
+// order, written as outputs.
 #pragma once
 #include "logitless/common.cuh"
 #include "logitless/statistics/maximum.cuh"
@@ -7,54 +8,83 @@
 
 namespace logitless {
 
-struct RowPartial {
+// Entropy of a row; without a class but the targets there is no distribution, and it is 0.
+__device__ __forceinline__ float entropy_of(const Rest<float>& rest) {
+  return rest.maximum == -infinity() ? rest.excess : rest.entropy();
+}
+
+// An output of a row; an ignored one gets 0.
+__device__ __forceinline__ void put(void* field, i64 row, int slot, float x) {
+  if (field) ((float*)field)[row] = slot < 0 ? 0.f : x;
+}
+
+// Running maxima: rest, and entropy where there are three planes.
+struct OnlinePartial {
+  Rest<float> rest;
+
+  static __device__ __forceinline__ OnlinePartial empty() { return {Rest<float>::empty()}; }
+  static __device__ __forceinline__ OnlinePartial load(const FinishParams& p, const float* part,
+                                                       int) {
+    return {{__ldg(part), __ldg(part + p.part_plane),
+             p.planes > 2 ? __ldg(part + 2 * p.part_plane) : 0.f}};
+  }
+  __device__ __forceinline__ void merge(const OnlinePartial& other) { rest.merge(other.rest); }
+  __device__ __forceinline__ void finish(const FinishParams& p, i64 row, int slot) const {
+    put(p.out.rest, row, slot, rest.finish());
+    put(p.out.entropy, row, slot, entropy_of(rest));
+  }
+};
+
+// A sum against a fixed reference.
+struct FixedPartial {
+  double sum;
+
+  static __device__ __forceinline__ FixedPartial empty() { return {0.}; }
+  static __device__ __forceinline__ FixedPartial load(const FinishParams&, const float* part, int) {
+    return {__ldg(part)};
+  }
+  __device__ __forceinline__ void merge(const FixedPartial& other) { sum += other.sum; }
+  __device__ __forceinline__ void finish(const FinishParams& p, i64 row, int slot) const {
+    if (slot < 0) return put(p.out.rest, row, slot, 0.f);
+    const double log_sum = log(sum);
+    put(p.out.rest, row, slot, (float)(p.reference[slot] + log_sum));
+    // e^+-60 leaves the exponentials of a row 26 nats inside the range of float and bf16. nan is
+    // flagged too.
+    if (!(fabs(log_sum) < 60.)) p.flags[slot / 256] = 1;
+  }
+};
+
+// Running maxima, moments and the maximum over all classes.
+struct FullPartial {
   Rest<float> rest;
   Moments<double> moments;
   Maximum<float> maximum;
-  double fixed, fixed_moment;  // sums past a fixed reference
 
-  static __device__ __forceinline__ RowPartial empty() {
-    return {Rest<float>::empty(), Moments<double>::empty(), Maximum<float>::empty(), 0., 0.};
+  static __device__ __forceinline__ FullPartial empty() {
+    return {Rest<float>::empty(), Moments<double>::empty(), Maximum<float>::empty()};
   }
-  static __device__ __forceinline__ RowPartial load(const float* part, i64 plane, int planes, bool fixed, int columns) {
-    RowPartial r = empty();
-    if (fixed) {
-      r.fixed = __ldg(part);
-      if (planes == 2) r.fixed_moment = __ldg(part + plane);
-      return r;
-    }
-    r.rest = {__ldg(part), __ldg(part + plane), planes > 2 ? __ldg(part + 2 * plane) : 0.f};
-    if (planes < 7) return r;
-    r.moments = Moments<double>::block(columns, __ldg(part + 3 * plane), __ldg(part + 4 * plane));
-    r.maximum = {__ldg(part + 5 * plane), __float_as_int(__ldg(part + 6 * plane))};
-    return r;
+  static __device__ __forceinline__ FullPartial load(const FinishParams& p, const float* part,
+                                                     int columns) {
+    const i64 plane = p.part_plane;
+    return {{__ldg(part), __ldg(part + plane), __ldg(part + 2 * plane)},
+            Moments<double>::block(columns, __ldg(part + 3 * plane), __ldg(part + 4 * plane)),
+            {__ldg(part + 5 * plane), __float_as_int(__ldg(part + 6 * plane))}};
   }
-  __device__ __forceinline__ void merge(const RowPartial& other, int planes) {
-    fixed += other.fixed;
-    fixed_moment += other.fixed_moment;
+  __device__ __forceinline__ void merge(const FullPartial& other) {
     rest.merge(other.rest);
-    if (planes < 7) return;
     moments.merge(other.moments);
     maximum.merge(other.maximum);
   }
-  // Writes every field that is wanted; slot -1 is an ignored row.
-  __device__ __forceinline__ void finish(const Fields& out, i64 row, int slot, const float* reference) const {
-    auto put = [&](void* field, float x) {
-      if (field) ((float*)field)[row] = slot < 0 ? 0.f : x;
-    };
-    put(out.rest, reference == nullptr ? rest.finish() : (float)(*reference + log(fixed)));
-    put(out.entropy, reference == nullptr ? entropy() : fmaxf(0.f, (float)(log(fixed) - fixed_moment / fixed)));
-    put(out.sum, (float)moments.sum());
-    put(out.sum_sq, (float)moments.sum_sq());
-    put(out.mean, (float)moments.mean);
-    put(out.variance, (float)moments.variance());
-    put(out.max, maximum.value);
-    if (out.argmax) out.argmax[row] = slot < 0 ? -1 : maximum.id;
+  __device__ __forceinline__ void finish(const FinishParams& p, i64 row, int slot) const {
+    put(p.out.rest, row, slot, rest.finish());
+    put(p.out.entropy, row, slot, entropy_of(rest));
+    put(p.out.sum, row, slot, (float)moments.sum());
+    put(p.out.sum_sq, row, slot, (float)moments.sum_sq());
+    put(p.out.mean, row, slot, (float)moments.mean);
+    put(p.out.variance, row, slot, (float)moments.variance());
+    put(p.out.max, row, slot, maximum.value);
+    if (p.out.argmax) p.out.argmax[row] = slot < 0 ? -1 : maximum.id;
   }
-
- private:
-  // No class but the targets: no distribution, entropy 0.
-  __device__ __forceinline__ float entropy() const { return rest.maximum == -infinity() ? rest.excess : rest.entropy(); }
 };
 
 }  // namespace logitless
