@@ -17,10 +17,15 @@ from logitless.testing._dense import (
 
 
 class Reference(NamedTuple):
-    """A loss with the gradients of its sum against the cotangent (1, unless given)."""
+    """A loss with the gradients of its product with the cotangent (1, unless given).
+
+    `magnitudes` holds, for "loss" and for each gradient, the sum of the absolute values of its
+    terms: what rounding errors are relative to, however much cancels.
+    """
 
     loss: Floats
     gradients: dict[str, Floats]
+    magnitudes: dict[str, Floats]
 
 
 def linear_cross_entropy(
@@ -60,9 +65,9 @@ def linear_cross_entropy(
     Returns
     -------
     Reference
-        ``loss`` and ``gradients``: ``input``, ``linear_weight``, ``linear_bias``,
-        ``logit_scale`` and ``target`` (for probabilities of the target's shape, for sparse soft
-        targets of the shape of `target_weight`, for indices zeros).
+        ``loss``, ``gradients`` and ``magnitudes``. The gradients: ``input``, ``linear_weight``,
+        ``linear_bias``, ``logit_scale`` and ``target`` (for probabilities of the target's shape,
+        for sparse soft targets of the shape of `target_weight`, for indices zeros).
     """
     head = DenseHead(
         input, linear_weight, linear_bias, logit_scale=logit_scale, softcap=softcap, shift=shift
@@ -127,13 +132,23 @@ def linear_cross_entropy(
     with np.errstate(all="ignore"):
         # Where one class holds the whole mass, mass·p − mass is written so that no digit is lost.
         dz = np.where(smooth == mass, mass * np.expm1(log_p), mass * p - smooth)
-    dz = g_loss[:, None] * dz + g_lse[:, None] * p
-    dz = np.where(kept[:, None], dz, 0.0)
+        dz = np.where(kept[:, None], g_loss[:, None] * dz + g_lse[:, None] * p, 0.0)
+        parts = np.abs(dz)
+        if label_smoothing or probabilities or target_weight is not None:
+            parts = np.abs(g_loss)[:, None] * (np.abs(mass) * p + np.abs(smooth)) + parts
+            parts = np.where(kept[:, None], parts, 0.0)
+        terms = np.where(
+            smooth == 0.0, 0.0, np.abs(smooth) * (np.abs(lse)[:, None] + np.abs(head.z))
+        )
+        size = np.abs(row) * (terms.sum(axis=1) / per_loss + np.abs(regulariser) / per_regulariser)
     gradients = head.gradients(dz)
+    magnitudes = head.gradients(parts, magnitudes=True)
+    size = np.where(kept, size, 0.0)
+    magnitudes["loss"] = size.reshape(head.shape) if reduction == "none" else np.asarray(size.sum())
     with np.errstate(all="ignore"):
         dq = -g_loss[:, None] * (1.0 - label_smoothing) * class_weight * log_p
     gradients["target"] = _target_gradient(head, dq, target, target_weight, shift, axis, kept)
-    return Reference(loss, gradients)
+    return Reference(loss, gradients, magnitudes)
 
 
 def _row_shape(input: Any, head: DenseHead) -> tuple[int, ...]:
