@@ -35,7 +35,7 @@ struct Sm80Operand {
   }
 
   // Global to shared: each thread copies the same chunk of kPasses lines, whose swizzle is the
-  // same -------------------------
+  // same.
   template <int kThreads>
   struct Loader {
     static constexpr int kChunks = kLine / 16, kLines = kThreads / kChunks,
