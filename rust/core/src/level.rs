@@ -2,7 +2,9 @@
 
 use crate::element::DType;
 use crate::error::{Error, Result};
-use crate::kernel::isa::{self, Portable};
+#[cfg(target_arch = "x86_64")]
+use crate::kernel::isa;
+use crate::kernel::isa::Portable;
 use crate::kernel::vector::Vector;
 use crate::kernel::{Isa, Kernel};
 use half::{bf16, f16};

@@ -3,12 +3,14 @@
 //! A loop is written once over plain arrays of lanes, and LLVM vectorises it inside a
 //! `#[target_feature]` wrapper: [`Isa::vectorize`] is that wrapper.
 
-use super::{Product, portable};
-
+use super::Product;
+#[cfg(not(target_arch = "x86_64"))]
+use super::portable::{product_f32 as baseline_f32, product_f64 as baseline_f64};
 #[cfg(target_arch = "x86_64")]
 use super::x86::{sse2_f32 as baseline_f32, sse2_f64 as baseline_f64};
-#[cfg(not(target_arch = "x86_64"))]
-use portable::{product_f32 as baseline_f32, product_f64 as baseline_f64};
+
+/// Whether every machine of this target fuses multiply and add: aarch64 does, x86-64 need not.
+pub(crate) const BASELINE_FUSES: bool = cfg!(target_arch = "aarch64");
 
 /// A loop nest that is compiled once for every level.
 pub(crate) trait Vectorize {
@@ -47,7 +49,7 @@ pub(crate) struct Portable;
 unsafe impl Isa for Portable {
     #[inline]
     fn vectorize<V: Vectorize>(self, work: V) -> V::Output {
-        work.run::<{ portable::FUSED }>()
+        work.run::<BASELINE_FUSES>()
     }
     unsafe fn product_f32(p: &Product<f32, f32>) {
         // SAFETY: the caller's promise is the same.

@@ -21,6 +21,7 @@ pub(crate) mod isa;
 pub(crate) mod pack;
 #[cfg(target_arch = "x86_64")]
 mod pack_bf16;
+#[cfg(any(test, not(target_arch = "x86_64")))]
 pub(crate) mod portable;
 #[cfg(test)]
 mod tests;

@@ -1,13 +1,10 @@
 //! The register tile in plain Rust, for machines other than x86-64: LLVM keeps a [`Lanes`] in one 128-bit register.
 //!
 //! 4 x 8 tiles of f32, 4 x 4 of f64. Aarch64 has fused multiply-add in its baseline and uses it.
+use super::isa::BASELINE_FUSES;
 use super::tile::{Simd, tile, unit};
 use super::{LANES, Product};
 use crate::element::Real;
-
-/// Whether the baseline of this target fuses multiply and add.
-pub(crate) const FUSED: bool =
-    cfg!(any(target_arch = "aarch64", all(target_arch = "x86_64", target_feature = "fma")));
 
 /// A register of `W` values.
 #[derive(Clone, Copy)]
@@ -38,7 +35,7 @@ unsafe impl<A: Real, const W: usize> Simd for Lanes<A, W> {
     #[inline(always)]
     unsafe fn mul_add(mut self, a: Self, b: Self) -> Self {
         for (sum, (a, b)) in self.0.iter_mut().zip(a.0.into_iter().zip(b.0)) {
-            *sum = a.mul_add::<FUSED>(b, *sum);
+            *sum = a.mul_add::<BASELINE_FUSES>(b, *sum);
         }
         self
     }

@@ -347,3 +347,43 @@ fn logits_agree_with_f64() {
 fn gradients_agree_with_f64() {
     every_kernel!(gradients);
 }
+
+/// The tiles in plain Rust, which x86-64 does not use, against SSE2: the same roundings, so the same bits.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn portable_tiles_are_those_of_sse2() {
+    fn check<A: Real>(portable: impl Fn(&Product<A, A>), sse2: impl Fn(&Product<A, A>)) {
+        let mut random = Random(0x2545_f491_4f6c_dd1d);
+        for m in 1..14 {
+            for (a_row, a_k) in [(19, 1), (1, m)] {
+                let mut draw =
+                    |n| -> Vec<A> { (0..n).map(|_| A::from_f64(random.next())).collect() };
+                let (a, b) = (draw(20 * 19), draw(17 * LANES));
+                let run = |product: &dyn Fn(&Product<A, A>)| {
+                    let mut c = vec![A::ONE; m * LANES];
+                    product(&Product {
+                        m,
+                        pieces: 1,
+                        k: 17,
+                        a: a.as_ptr(),
+                        a_row,
+                        a_k,
+                        a_piece: 0,
+                        b: b.as_ptr(),
+                        c: c.as_mut_ptr(),
+                        c_row: LANES,
+                        accumulate: true,
+                    });
+                    c
+                };
+                assert!(run(&portable) == run(&sse2), "{m} rows, steps {a_row} and {a_k}");
+            }
+        }
+    }
+    use super::{portable, x86};
+    // SAFETY: SSE2 is part of x86-64, and the operands above hold the product.
+    unsafe {
+        check::<f32>(|p| portable::product_f32(p), |p| x86::sse2_f32(p));
+        check::<f64>(|p| portable::product_f64(p), |p| x86::sse2_f64(p));
+    }
+}
