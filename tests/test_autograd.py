@@ -312,3 +312,39 @@ def test_backward_in_another_thread() -> None:
     thread.start()
     thread.join()
     torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.parametrize("positions", [(), (2,)])
+def test_grad_buffer_takes_the_weights_gradient(positions: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    input = torch.randn(6, 4, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(7, *positions, 4, generator=generator).bfloat16().requires_grad_()
+    target = torch.randint(0, 7, (6, *positions), generator=generator)
+    buffer = torch.ones(weight.shape)
+    calls = (
+        lambda **o: LF.linear_cross_entropy(input, weight, target, **o),
+        lambda **o: LF.linear_cross_entropy(input, weight, target, label_smoothing=0.1, **o),
+        lambda **o: logitless.row_statistics(input, weight, target, want="lse", **o).lse.sum(),
+    )
+    for call in calls:
+        buffer.fill_(1.0)
+        loss = call(grad_buffer=buffer)
+        loss.backward(retain_graph=True)
+        assert weight.grad is None
+        (d_input,) = torch.autograd.grad(call(), input)
+        assert torch.equal(input.grad, d_input)
+        expected = torch.autograd.grad(call(), weight)[0].float()
+        torch.testing.assert_close(buffer - 1.0, expected, rtol=1e-2, atol=1e-3)
+        assert not torch.equal(buffer - 1.0, expected)  # not rounded to bfloat16
+        loss.backward()
+        torch.testing.assert_close(buffer - 1.0, 2 * expected, rtol=1e-2, atol=2e-3)
+        input.grad = None
+    with pytest.raises(NotImplementedError, match="grad_buffer"):
+        torch.autograd.grad(calls[0](grad_buffer=buffer), input, create_graph=True)
+    with pytest.raises(NotImplementedError, match="grad_buffer"):
+        torch.func.grad(lambda x: LF.linear_cross_entropy(x, weight, target, grad_buffer=buffer))(
+            input
+        )
+    for wrong in (buffer.double(), buffer[1:], buffer.clone().requires_grad_()):
+        with pytest.raises(RuntimeError, match="grad_buffer"):
+            calls[0](grad_buffer=wrong)

@@ -52,6 +52,7 @@ def linear_cross_entropy(
     z_loss_weight: float = 0.0,
     memory: str | int = "lean",
     return_statistics: bool = False,
+    grad_buffer: Tensor | None = None,
 ) -> Any:
     """Compute the cross entropy of a linear head without its logits.
 
@@ -101,6 +102,9 @@ def linear_cross_entropy(
         number of bytes that may be kept.
     return_statistics
         Return (loss, `RowStatistics`); with probabilities, its target is the most probable class.
+    grad_buffer
+        float32 (float64 for float64 inputs) of linear_weight's shape: each backward adds the
+        weight's gradient to it, unrounded, and returns none. See `logitless.row_statistics`.
 
     Returns
     -------
@@ -146,6 +150,7 @@ def linear_cross_entropy(
             shift=shift,
             z_loss_weight=z_loss_weight,
             memory=_check.check_memory(memory),
+            grad_buffer=grad_buffer,
         )
     _check_target(geometry, target, target_weight, ignore_index)
     check_denominator(denominator, reduction)
@@ -167,6 +172,7 @@ def linear_cross_entropy(
         softcap=softcap,
         shift=shift,
         memory=memory,
+        grad_buffer=grad_buffer,
     )
     kept = None if geometry.kind == "probability" else s.kept
     divisor = by_kind if denominator is None else denominator

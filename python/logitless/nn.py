@@ -111,6 +111,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         row_weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
         return_statistics: bool = False,
+        grad_buffer: Tensor | None = None,
     ) -> Any:
         """Compute the loss of input (..., D) and target."""
         linear_weight: Tensor = self.linear.weight
@@ -119,6 +120,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             shape = (self.num_classes, *self.out_features)
             linear_weight = linear_weight.reshape(*shape, self.linear.in_features)
             linear_bias = None if linear_bias is None else linear_bias.reshape(shape)
+            grad_buffer = None if grad_buffer is None else grad_buffer.view(linear_weight.shape)
         return linear_cross_entropy(
             input,
             linear_weight,
@@ -138,6 +140,7 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             z_loss_weight=self.z_loss_weight,
             memory=self.memory,
             return_statistics=return_statistics,
+            grad_buffer=grad_buffer,
         )
 
     def extra_repr(self) -> str:

@@ -310,11 +310,13 @@ def resolve(want: Want, *, has_target: bool, cached: bool = True) -> Request:
 def _as_tuple(want: Iterable[str | Statistic]) -> tuple[str | Statistic, ...]:
     try:
         items = tuple(want)
-        hash(items)
     except TypeError:
-        raise type_error(
-            "want", repr(want), "names or stats objects", 'want=("rest", "target")'
-        ) from None
+        items = (want,)  # type: ignore[assignment]
+    for item in items:
+        if not isinstance(item, (str, Statistic)):
+            raise type_error(
+                "want", repr(want), "names or stats objects", 'want=("rest", "target")'
+            )
     return items
 
 

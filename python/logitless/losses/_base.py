@@ -67,6 +67,7 @@ class RowLoss(Protocol):
         shift: int = 0,
         memory: str | int = "lean",
         return_statistics: bool = False,
+        grad_buffer: Tensor | None = None,
         **hyper_parameters: Any,
     ) -> Any:
         """Compute the loss."""
@@ -93,6 +94,7 @@ def _common(
     shift: int = 0,
     memory: str | int = "lean",
     return_statistics: bool = False,
+    grad_buffer: Tensor | None = None,
 ) -> None:
     """Only its signature counts: the arguments that every loss has."""
 
@@ -128,6 +130,9 @@ memory
     "lean", "fast", or bytes that may be kept for the backward.
 return_statistics
     Return (loss, `RowStatistics`).
+grad_buffer
+    float32 (float64 for float64 inputs) of linear_weight's shape: each backward adds the weight's
+    gradient to it and returns none. See `logitless.row_statistics`.
 
 Returns
 -------
@@ -333,6 +338,7 @@ def _make(definition: Definition) -> RowLoss:
         shift: int = 0,
         memory: str | int = "lean",
         return_statistics: bool = False,
+        grad_buffer: Tensor | None = None,
         **hyper_parameters: Any,
     ) -> Any:
         _check.check_reduction(reduction)
@@ -352,6 +358,13 @@ def _make(definition: Definition) -> RowLoss:
             if hyper[name] is not None:
                 hyper[name] = inputs.per_row(name, hyper[name], geometry, shift, input)
         head_map = definition.resolve_head(hyper)
+        if grad_buffer is not None and (head_map is not None or definition.compute is not compute):
+            raise argument_error(
+                "grad_buffer",
+                "a tensor",
+                f"None for {definition.function.__name__}, whose head is not linear_weight itself",
+                "leave it out",
+            )
         if head_map is not None:
             input, linear_weight, linear_bias = head_map(input, linear_weight, linear_bias)
             geometry = inputs.inspect(
@@ -371,6 +384,7 @@ def _make(definition: Definition) -> RowLoss:
             shift=shift,
             memory=memory,
             **{name: hyper[name] for name in definition.compute_names},
+            **({} if grad_buffer is None else {"grad_buffer": grad_buffer}),
         )
         kept = None if target is None else s.kept
         for name in definition.per_row:

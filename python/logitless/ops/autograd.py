@@ -13,7 +13,7 @@ from logitless.ops import custom_ops, engine
 from logitless.ops.double_backward import double_backward
 from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call, Tensors
 
-__all__ = ["gradient_mask", "in_forward_mode", "statistics"]
+__all__ = ["gradient_mask", "in_forward_mode", "statistics", "wanted_bits"]
 
 Tensor = torch.Tensor
 Optional = torch.Tensor | None
@@ -21,11 +21,11 @@ Optional = torch.Tensor | None
 _BITS = (INPUT, WEIGHT, BIAS, SCALE, DENSE)
 
 
-def gradient_mask(*tensors: Optional) -> int:
+def gradient_mask(*tensors: Optional, grad_buffer: Optional = None) -> int:
     """Bits of those of (input, weight, bias, scale, dense) that a gradient may be asked for."""
     if not torch.is_grad_enabled():
         return 0
-    mask = 0
+    mask = 0 if grad_buffer is None else WEIGHT
     for bit, tensor in zip(_BITS, tensors, strict=True):
         if tensor is not None and tensor.requires_grad:
             mask |= bit
@@ -34,9 +34,16 @@ def gradient_mask(*tensors: Optional) -> int:
 
 def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """Compute the core's fields of a call, differentiably, by whichever way the context needs."""
-    if custom_ops.needed(*tensors):
+    plain = not custom_ops.needed(*tensors)
+    transformed = torch._C._are_functorch_transforms_active()
+    if call.grad_buffer is not None and (transformed or not plain):
+        raise NotImplementedError(
+            "grad_buffer is changed by the backward, which torch.compile, torch.func and dispatch "
+            "modes cannot follow: leave it out there"
+        )
+    if not plain:
         return custom_ops.statistics(call, tensors)
-    if torch._C._are_functorch_transforms_active():
+    if transformed:
         return _Transformed.apply(*tensors, call)[:-1]  # type: ignore[no-any-return]
     if call.gradients or in_forward_mode():
         return _RowStatistics.apply(*tensors, call)[:-1]  # type: ignore[no-any-return]
@@ -46,6 +53,18 @@ def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
 def in_forward_mode() -> bool:
     """Tell whether tensors may carry tangents, which must not be dropped silently."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def wanted_bits(call: Call, needs: tuple[bool, ...]) -> int:
+    """Bits of the gradients that this backward must make."""
+    wanted = sum(bit for bit, need in zip(_BITS, needs, strict=False) if need)
+    if call.grad_buffer is None:
+        return wanted
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "grad_buffer cannot be differentiated: leave it out where create_graph=True is needed"
+        )
+    return wanted | WEIGHT
 
 
 class _Refusals(torch.autograd.Function):
@@ -85,7 +104,7 @@ class _RowStatistics(_Refusals):
         """Recompute tiles, or differentiate the recomputation if a graph of it is wanted."""
         saved = ctx.saved_tensors  # once: checkpointing recomputes on each access
         tensors, fields, store = Tensors(*saved[:7]), saved[7:-1], saved[-1]
-        wanted = sum(b for b, need in zip(_BITS, ctx.needs_input_grad[:5], strict=True) if need)
+        wanted = wanted_bits(ctx.call, ctx.needs_input_grad[:5])
         if not torch.is_grad_enabled():
             gradients = engine.backward(ctx.call, wanted, tensors, store, fields, cotangents[:-1])
         else:

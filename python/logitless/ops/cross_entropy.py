@@ -15,7 +15,7 @@ from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.ops import autograd, custom_ops, engine, inputs, layout
 from logitless.ops.elementwise import softplus
-from logitless.ops.engine import BIAS, INPUT, SCALE, WEIGHT, Call, Tensors
+from logitless.ops.engine import Call, Tensors
 
 __all__ = ["applies", "cross_entropy", "row_losses"]
 
@@ -56,12 +56,16 @@ def cross_entropy(
     shift: int,
     z_loss_weight: float,
     memory: int,
+    grad_buffer: Optional,
 ) -> Tensor:
     """Cross entropy of class ids: `applies` holds and every argument is checked."""
     number, scale = inputs.logit_scale(logit_scale)
     gradients = 0
     if torch.is_grad_enabled():
-        gradients = autograd.gradient_mask(input, weight, bias, scale, None)
+        gradients = autograd.gradient_mask(
+            input, weight, bias, scale, None, grad_buffer=grad_buffer
+        )
+    dtype = inputs.compute_dtype(input)
     call = Call(
         core=_CORE,
         powers=(),
@@ -77,7 +81,8 @@ def cross_entropy(
         softcap=softcap,
         memory=memory,
         gradients=gradients,
-        dtype=inputs.compute_dtype(input),
+        dtype=dtype,
+        grad_buffer=inputs.grad_buffer(grad_buffer, weight, dtype),
     )
     ids = inputs.class_ids(target, geometry, shift, ignore_index).contiguous()
     tensors = Tensors(input, weight, bias, scale, ids=ids)
@@ -140,13 +145,13 @@ class _CrossEntropy(torch.autograd.Function):
         tensors = Tensors(*saved)
         call, reduction, z_loss_weight = ctx.options
         needs = ctx.needs_input_grad[:4]
+        wanted = autograd.wanted_bits(call, needs)
         nothing = (None,) * 6  # dense, ids, vectors and the options
         if torch.is_grad_enabled():
             leaves = [t for t, n in zip(tensors, needs, strict=False) if n and t is not None]
             loss = _unfused(tensors, call, reduction, z_loss_weight)
             slopes = iter(torch.autograd.grad(loss, leaves, gradient, create_graph=True))
             return (*(next(slopes) if need else None for need in needs), *nothing)
-        wanted = sum(b for b, need in zip((INPUT, WEIGHT, BIAS, SCALE), needs, strict=True) if need)
         problem = engine.Problem(call, tensors)
         slots = engine.Slots(call, wanted, tensors)
         gradient = gradient.to(call.accumulation)

@@ -48,29 +48,45 @@ def _cached(name: str, *arguments: Any) -> Any:
     return getattr(_core, name)(*arguments)
 
 
-def forward(device: torch.device, plan: Any, *arguments: Any) -> None:
-    """Run `_core.forward`, or its CUDA twin."""
+def forward(device: torch.device, plan: Any, *arguments: Any, scale: Handle | None = None) -> None:
+    """Run `_core.forward`, or its CUDA twin. `scale`: a logit scale that lives on the device."""
     if device.type == "cuda":
-        _launch(_CUDA.cuda_forward, device, plan, plan.forward_bytes, arguments)
+        scratch = torch.empty(plan.forward_bytes, dtype=torch.uint8, device=device)
+        launch = _launch(device, plan, scratch)
+        _CUDA.cuda_forward(*arguments, *launch, **_options(scale=scale))
     else:
         _CPU.forward(*arguments, plan, torch.get_num_threads())
 
 
-def backward(device: torch.device, plan: Any, *arguments: Any) -> None:
-    """Run `_core.backward`, or its CUDA twin."""
+def backward(
+    device: torch.device,
+    plan: Any,
+    *arguments: Any,
+    scale: Handle | None = None,
+    accumulate_weight: bool | None = None,
+) -> None:
+    """Run `_core.backward`, or its CUDA twin, which can add to d_weight."""
     if device.type == "cuda":
-        _launch(_CUDA.cuda_backward, device, plan, plan.backward_bytes, arguments)
+        scratch = torch.empty(plan.backward_bytes, dtype=torch.uint8, device=device)
+        launch = _launch(device, plan, scratch)
+        options = _options(scale=scale, accumulate_weight=accumulate_weight)
+        _CUDA.cuda_backward(*arguments, *launch, **options)
     else:
         _CPU.backward(*arguments, plan, torch.get_num_threads())
 
 
-def _launch(
-    run: Any, device: torch.device, plan: Any, scratch_bytes: int, arguments: tuple[Any, ...]
-) -> None:
-    # The scratch goes back to torch's allocator at return; it is reused in stream order.
-    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
+def _launch(device: torch.device, plan: Any, scratch: torch.Tensor) -> tuple[Any, ...]:
+    """Return the trailing arguments of a CUDA call.
+
+    The caller holds the scratch until the call returns: it then goes back to torch's allocator,
+    which reuses it in stream order.
+    """
     stream = torch.cuda.current_stream(device).cuda_stream
-    run(*arguments, plan, 0, _index(device), stream, torch_handle(scratch))
+    return (plan, 0, _index(device), stream, torch_handle(scratch))
+
+
+def _options(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _index(device: torch.device) -> int:

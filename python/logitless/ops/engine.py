@@ -59,6 +59,7 @@ class Call:
     memory: int
     gradients: int
     dtype: torch.dtype  # of the products; differs from the tensors' own under autocast
+    grad_buffer: Optional = None  # d_weight is added to it instead of being returned
 
     @property
     def accumulation(self) -> torch.dtype:
@@ -124,6 +125,7 @@ def forward(call: Call, tensors: Tensors) -> tuple[tuple[Tensor, ...], Optional]
                     for output, (_, columns, _) in zip(outputs, call.fields, strict=True)
                 ),
                 store_handle,
+                scale=problem.device_scale,
             )
     return tuple(
         layout.to_rows(output, call.rows_shape, count, columns)
@@ -176,6 +178,8 @@ def backward(
             None if store is None else torch_handle(store),
             *slots.handles(index, position),
             index > 0,
+            scale=problem.device_scale,
+            accumulate_weight=slots.accumulates,
         )
     return slots.results()
 
@@ -196,7 +200,12 @@ class Slots:
             if call.shift:
                 self.input.narrow(-2, input.shape[-2] - call.shift, call.shift).zero_()
             self.rows = layout.rows_handle(self.input, call.shift)[1]
-        if wanted & WEIGHT:
+        self.accumulates = None
+        if wanted & WEIGHT and call.grad_buffer is not None:
+            # CUDA kernels add to the buffer; the CPU's sums are added to it at the end.
+            self.accumulates = True if input.is_cuda else None
+            self.weight = call.grad_buffer if input.is_cuda else torch.empty_like(call.grad_buffer)
+        elif wanted & WEIGHT:
             self.weight = torch.empty_like(weight, dtype=self._dtype(weight))
         if wanted & BIAS and bias is not None:
             self.bias = torch.empty_like(bias, dtype=self._dtype(bias))
@@ -224,14 +233,18 @@ class Slots:
     def zero(self) -> Slots:
         """Fill with zeros: there are no rows."""
         for gradient in (self.input, self.weight, self.bias, self.scale, self.dense):
-            if gradient is not None:
+            if gradient is not None and gradient is not self.call.grad_buffer:
                 gradient.zero_()
         return self
 
     def results(self) -> tuple[Optional, Optional, Optional, Optional, Optional]:
         """Return the gradients in the dtype of their tensors."""
         input, weight, bias, scale, dense = self.likes[:5]
-        d_scale, d_dense = self.scale, self.dense
+        d_weight, d_scale, d_dense = self.weight, self.scale, self.dense
+        if d_weight is not None and self.call.grad_buffer is not None:
+            if not self.accumulates:
+                self.call.grad_buffer.add_(d_weight)
+            d_weight = None
         if d_scale is not None and scale is not None:
             d_scale = d_scale.sum().to(dtype=scale.dtype, device=scale.device)
         if d_dense is not None and dense is not None:
@@ -239,7 +252,7 @@ class Slots:
             d_dense = layout.scatter_dense(d_dense, dense, call.positions, call.shift)
         return (
             None if self.input is None else self.input.to(input.dtype),
-            None if self.weight is None else self.weight.to(weight.dtype),
+            None if d_weight is None else d_weight.to(weight.dtype),
             None if self.bias is None or bias is None else self.bias.to(bias.dtype),
             d_scale,
             d_dense,
@@ -262,7 +275,13 @@ class Problem:
         self.ids = ids
         if ids is not None:
             self.ids = layout.to_positions(ids, prod(call.positions), call.targets, torch.int64)
-        self.scale = call.logit_scale if scale is None else float(scale)
+        self.scale, self.device_scale = call.logit_scale, None
+        if scale is not None and scale.is_cuda:
+            # Reading it would wait for the device.
+            self._scale = scale.detach().to(call.accumulation).reshape(1)
+            self.device_scale = torch_handle(self._scale)
+        elif scale is not None:
+            self.scale = float(scale)
         self.dense = (
             None
             if dense is None

@@ -13,7 +13,15 @@ from logitless._check import Geometry, argument_error, type_error
 from logitless._extras import torch
 from logitless.ops import device as device_calls
 
-__all__ = ["class_ids", "compute_dtype", "inspect", "logit_scale", "per_row", "per_row_shape"]
+__all__ = [
+    "class_ids",
+    "compute_dtype",
+    "grad_buffer",
+    "inspect",
+    "logit_scale",
+    "per_row",
+    "per_row_shape",
+]
 
 Tensor = torch.Tensor
 
@@ -145,6 +153,26 @@ def compute_dtype(input: Tensor) -> torch.dtype:
     if dtype is not torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return dtype
+
+
+def grad_buffer(value: Tensor | None, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Check the buffer that a weight's gradient is added to."""
+    if value is None:
+        return None
+    check_float_tensor("grad_buffer", value, weight.device)
+    expected = torch.float64 if dtype is torch.float64 else torch.float32
+    if value.dtype is not expected:
+        raise type_error(
+            "grad_buffer.dtype", value.dtype, f"{expected}, that of the sums", "allocate it so"
+        )
+    if value.shape != weight.shape or value.requires_grad:
+        raise argument_error(
+            "grad_buffer",
+            f"tensor of shape {tuple(value.shape)}, requires_grad={value.requires_grad}",
+            f"shape {tuple(weight.shape)} of linear_weight, without gradient",
+            "use torch.zeros_like(linear_weight, dtype=torch.float32, requires_grad=False)",
+        )
+    return value
 
 
 def check_class_weight(weight: Tensor, input: Tensor, classes: int) -> None:

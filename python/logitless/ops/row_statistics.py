@@ -29,6 +29,7 @@ def row_statistics(
     softcap: float | None = None,
     shift: int = 0,
     memory: str | int = "lean",
+    grad_buffer: Tensor | None = None,
 ) -> RowStatistics:
     """Stream the logits of a linear head over the classes and keep statistics of each row.
 
@@ -62,6 +63,11 @@ def row_statistics(
     memory
         "lean"; "fast", which keeps tiles of the forward and makes the backward cheaper; or
         the number of bytes that may be kept.
+    grad_buffer
+        float32 (float64 for float64 inputs) of linear_weight's shape: each backward adds the
+        weight's gradient to it, unrounded, and returns none for linear_weight, whose ``grad`` and
+        hooks see nothing. For gradient accumulation. Under ``retain_graph`` every backward adds
+        again; checkpointing adds once. Not differentiable, not for torch.compile or torch.func.
 
     Returns
     -------
@@ -105,6 +111,7 @@ def row_statistics(
         softcap=softcap,
         shift=shift,
         memory=memory,
+        grad_buffer=grad_buffer,
     )
 
 
@@ -122,6 +129,7 @@ def compute(
     softcap: float | None,
     shift: int,
     memory: str | int,
+    grad_buffer: Tensor | None = None,
 ) -> RowStatistics:
     """Compute a resolved request on inspected tensors: what `row_statistics` and losses share."""
     number, scale = inputs.logit_scale(logit_scale)
@@ -132,11 +140,6 @@ def compute(
             f"{input.device} or cpu",
             "move it to input's device",
         )
-    if scale is not None and scale.is_cuda:
-        # Reading it would wait for the device: it scales the input instead, in its own precision.
-        wide = torch.promote_types(input.dtype, torch.float32)
-        input = (input.to(wide) * scale.to(wide)).to(input.dtype)
-        scale = None
     dtype = inputs.compute_dtype(input)
     dense = _dense(request, geometry, input)
     ids = None
@@ -171,8 +174,11 @@ def compute(
         logit_scale=number,
         softcap=_check.check_softcap(softcap),
         memory=_check.check_memory(memory),
-        gradients=autograd.gradient_mask(input, linear_weight, linear_bias, scale, dense),
+        gradients=autograd.gradient_mask(
+            input, linear_weight, linear_bias, scale, dense, grad_buffer=grad_buffer
+        ),
         dtype=dtype,
+        grad_buffer=inputs.grad_buffer(grad_buffer, linear_weight, dtype),
     )
     vectors = _vectors(request, geometry, call, input)
     tensors = Tensors(input, linear_weight, linear_bias, scale, dense, ids, vectors)

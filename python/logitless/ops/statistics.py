@@ -382,7 +382,7 @@ def _flatten(s: RowStatistics) -> tuple[list[Tensor], Any]:
 def _unflatten(children: Any, context: Any) -> RowStatistics:
     names, present, constants = context
     children = list(children)
-    extras = dict.fromkeys(("ids", "vectors", "target_weight"))
+    extras: dict[str, Any] = dict.fromkeys(("ids", "vectors", "target_weight"))
     extras.update(zip(present, children[len(names) :], strict=True))
     values = dict(zip(names, children, strict=False))
     return RowStatistics(values, **extras, **dict(constants))
