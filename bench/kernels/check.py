@@ -173,7 +173,7 @@ class Case:
         return torch.stack([f(piece) for piece in pieces])
 
     def online(self) -> None:
-        planes = {"online_rest": 2, "online": 3, "statistics": 7}[self.operation]
+        planes = {"online_rest": 2, "repair": 2, "online": 3, "statistics": 7}[self.operation]
         z, hot = self.logits()
         part = self.partials(planes)
         self.launch()
@@ -255,6 +255,7 @@ class Case:
         """Launches and compares."""
         table: dict[str, Callable[[], None]] = {
             "online_rest": self.online,
+            "repair": self.online,
             "online": self.online,
             "statistics": self.online,
             "store_exp": self.store_exp,
@@ -282,7 +283,7 @@ def main() -> None:
         Case(kernels, name, (700, 1500, 520), report, count=333).run()
         if kernel["operation"].startswith("dw"):
             Case(kernels, name, (300, 520, 200), report, count=0).run()
-        if kernel["operation"] == "store_exp":
+        if kernel["operation"] in ("store_exp", "repair"):
             Case(kernels, name, (1000, 1500, 136), report, listed=True).run()
     print(f"{report.passed} passed, {len(report.failed)} failed")
     raise SystemExit(bool(report.failed))

@@ -44,8 +44,11 @@ class Kernel:
         return self.file == "gemm_sm90.cu"
 
 
-def kernels() -> Iterator[Kernel]:
-    """Every tensor-core kernel of the table; those of mma.sync run on Hopper too."""
+def kernels(cluster: int | None = None) -> Iterator[Kernel]:
+    """Every tensor-core kernel of the table, with clusters of its size or of another.
+
+    Those of mma.sync run on Hopper too.
+    """
     table = tomllib.loads((CUDA / "arch.toml").read_text())
     operations, dtypes = table["operations"], table["dtypes"]
     numbers = [f"-DOP_{name.upper()}={i}" for i, name in enumerate(operations)]
@@ -56,6 +59,7 @@ def kernels() -> Iterator[Kernel]:
             for dtype in unit["dtypes"]:
                 for mapped in unit["maps"]:
                     stages, panels = unit["stages"], unit.get("panels", 0)
+                    size = min(cluster or tile["cluster"], tile["cluster"])
                     rows = tile["m"] + tile["n"]
                     shared = tile.get("shared", stages * (rows * 128 + 16) + panels * 2 * 8192)
                     name = f"{operation}_{dtype}{'m' if mapped else ''}_{unit['tile']}"
@@ -68,7 +72,7 @@ def kernels() -> Iterator[Kernel]:
                         "TILE_N": tile["n"],
                         "STAGES": stages,
                         "PANELS": panels,
-                        "CLUSTER": tile["cluster"],
+                        "CLUSTER": size,
                         "PINGPONG": int(tile["pingpong"]),
                         "THREADS": tile["threads"],
                         "SMEM": shared,
@@ -82,7 +86,7 @@ def kernels() -> Iterator[Kernel]:
                         bool(mapped),
                         tile["m"],
                         tile["n"],
-                        tile["cluster"],
+                        size,
                         tile["threads"],
                         shared,
                         options,
@@ -126,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nvrtc", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=ROOT / "target/kernels")
+    parser.add_argument("--cluster", type=int, help="largest cluster (1: no multicast)")
     parser.add_argument("patterns", nargs="*")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -133,7 +138,7 @@ def main() -> None:
     base = [f"--gpu-architecture={ARCH}", "--std=c++17", f"-I{CUDA / 'include'}"]
     base.append("--ptxas-options=-v")
     built: dict[str, dict[str, object]] = {}
-    for kernel in kernels():
+    for kernel in kernels(arguments.cluster):
         if kernel.name in built:  # the same kernel for another architecture
             continue
         if arguments.patterns and not any(re.fullmatch(p, kernel.name) for p in arguments.patterns):

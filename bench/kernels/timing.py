@@ -19,7 +19,7 @@ import torch
 from device import Kernels, Launch
 
 DEVICE = "cuda"
-PLANES = {"online_rest": 2, "online": 3, "statistics": 7, "store_exp": 1}
+PLANES = {"online_rest": 2, "repair": 2, "online": 3, "statistics": 7, "store_exp": 1}
 
 
 Items = dict[str, Callable[[], object]]
@@ -49,7 +49,7 @@ def items(kernels: Kernels, n: int, d: int, v: int, pattern: str) -> Items:
             continue
         operation = kernel["operation"]
         if operation in PLANES or operation.startswith("gradient"):
-            store = None if operation in ("online_rest", "online", "statistics") else x
+            store = None if operation in PLANES and operation != "store_exp" else x
             out[name] = Launch(kernels, name, (n, v, d), e, w, store, **logits)
         elif operation.startswith("dw"):
             result = dw32 if operation.endswith("f32") else dw

@@ -23,7 +23,7 @@ struct GemmParams {
   const float* bias;    // (classes of this launch) float copy of the bias, maps only
   float* part;          // statistics: planes of (tiles, ld_row) partials
   i64 part_plane;       // elements from one plane of partials to the next
-  const int* gate;      // (row blocks of 128) repair: a tile whose blocks are all zero is skipped. null: every tile runs
+  const int* gate;      // repair, store_exp: number of 256-row blocks to run, then their indices. null: every block
   const void* onehot_w; // de: the whole weight (V, N), pitch onehot_ld, to add onehot_g[i] * W[target[i], :] in float
   const float* onehot_g;
   i64 onehot_ld;

@@ -51,10 +51,10 @@ struct Capped {
     }
   }
 
-  // 1 - (z / softcap)^2; inverse = 1 / softcap, or 0 without one.
+  // 1 - (z / softcap)^2; inverse = 1 / softcap, or 0 without one (z = -inf is a masked class).
   static __device__ __forceinline__ float slope(float z, float inverse) {
     const float u = z * inverse;
-    return fmaf(-u, u, 1.f);
+    return inverse == 0.f ? 1.f : fmaf(-u, u, 1.f);
   }
 };
 
