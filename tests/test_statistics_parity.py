@@ -1,8 +1,8 @@
 """Every statistic of the compiled registry against its dense float64 twin: the one parity test.
 
 The registry is walked by name, alone and all together, forward and backward, for each dtype, with
-and without logit maps, with no, one and several ids a row, on sizes around the tile edges. The last
-test repeats this file at every instruction level of the machine.
+and without logit maps, with no, one and several ids a row, on sizes around the tile edges. One test
+repeats this, and the equality of bits over threads, at every instruction level of the machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -305,8 +306,9 @@ def test_every_level(level: str) -> None:
     if "LOGITLESS_PARITY_CHILD" in os.environ:
         pytest.skip("a level does not start others")
     environment = {**os.environ, "LOGITLESS_CPU": level, "LOGITLESS_PARITY_CHILD": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    command += ["-k", "(statistic and plain) or lean or larger"]
+    threads = str(Path(__file__).with_name("test_threads.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += [__file__, threads, "-k", "(statistic and plain) or lean or larger or bits"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
 

@@ -286,7 +286,7 @@ def row_statistics(
     linear_weight : (V, D) or (V, d1, ..., dK, D)
     target : integer (rows) or (rows, K), optional
         `rows` stands for ``input.shape[:-1] + (d1, ..., dK)``. An id equal to `ignore_index` is
-        padding; a row of padding only is ignored: its fields are 0, its ids −1.
+        padding (−100 unless given); a row of padding only is ignored: its fields are 0, ids −1.
     fields : names from :data:`FIELDS`, optional
         Default: every field whose parameters are given (``log_prob`` only with one id a row).
     powers, vectors, dense, topk
@@ -313,6 +313,8 @@ def row_statistics(
             ids = np.take(ids, np.arange(shift, ids.shape[axis]), axis=axis)
         columns = ids.shape[len(head.shape) :]
         ids = ids.reshape(-1, *(columns or (1,)))
+    if ignore_index is None:
+        ignore_index = -100
     q = None if dense is None else as_float64(dense).reshape(head.z.shape)
     c = None if vectors is None else np.atleast_2d(as_float64(vectors))
     rows = Rows(head.z, ids, ignore_index, tuple(powers), c, q, topk)
