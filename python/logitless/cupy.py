@@ -27,6 +27,8 @@ from logitless._check import (
 )
 from logitless.stats import Want, resolve
 
+# Long positional calls, as in `logitless.ops.device`.
+_CUDA: Any = _core
 cp: Any = _extras.require("cupy", "logitless.cupy")
 
 __all__ = ["CrossEntropy", "RowStatistics", "Vjp", "linear_cross_entropy", "row_statistics"]
@@ -115,7 +117,7 @@ class _Call:
         bias_shape = None if self.bias is None else self.bias.shape
         target_shape = None if target is None else target.shape
         weights = target_shape if ids is not None and target_shape != lead else None
-        geometry(self.input.shape, self.weight.shape, bias_shape, target_shape, False, weights, 0)  # noqa: FBT003
+        geometry(self.input.shape, self.weight.shape, bias_shape, target_shape, False, weights, 0)
         for name in gradients:
             if name not in GRADIENTS:
                 remedy = "name the arguments whose gradient is wanted"
@@ -136,7 +138,7 @@ class _Call:
         self.scale = float(logit_scale)
         self.ignore_index = IGNORE_INDEX if ignore_index is None else ignore_index
         self.device = self.input.device.id
-        self.plan = _core.cuda_plan(
+        self.plan = _CUDA.cuda_plan(
             self.spec,
             self.rows,
             features,
@@ -145,7 +147,7 @@ class _Call:
             # The store of a forward keeps exponentials, which a softcap's slope cannot use.
             -1 if self.softcap else check_memory(memory),
             sum(GRADIENTS[name] for name in self.gradients),
-            _core.cuda_describable(handle(self.weight)),
+            _CUDA.cuda_describable(handle(self.weight)),
             self.device,
         )
         self.store = cp.empty(self.plan.store_bytes, cp.uint8) if self.plan.store_bytes else None
@@ -155,7 +157,7 @@ class _Call:
         }
         workspace = cp.empty(self.plan.forward_bytes, cp.uint8)
         outputs = tuple(map(handle, self.outputs.values()))
-        _core.cuda_forward(
+        _CUDA.cuda_forward(
             *self._operands(), outputs, _maybe(self.store), self.plan, *self._where(workspace)
         )
 
@@ -201,7 +203,7 @@ class _Call:
             shape = self.input.shape
             d_input = d_input.reshape(-1, *((1, *shape) if len(shape) == 1 else shape[-2:]))
         workspace = cp.empty(self.plan.backward_bytes, cp.uint8)
-        _core.cuda_backward(
+        _CUDA.cuda_backward(
             *self._operands(),
             tuple(map(handle, self.outputs.values())),
             tuple(map(_maybe, given)),
@@ -211,7 +213,7 @@ class _Call:
             _maybe(found.get("linear_bias")),
             _maybe(found.get("logit_scale")),
             None,
-            False,  # noqa: FBT003
+            False,
             self.plan,
             *self._where(workspace),
         )
