@@ -189,8 +189,8 @@ fn check_store(store: Option<&Tensor>, plan: &Plan) -> Result<()> {
 
 /// The threads of a call: as asked, but none that has too little to do to be worth its wake-up.
 fn threads(asked: usize, plan: &Plan, products: f64) -> usize {
-    /// Multiplications that take a core about 20 µs.
-    const WORTH: f64 = 1e6;
+    /// Multiplications that take a core about 50 µs: as long as it may take to wake one up.
+    const WORTH: f64 = 4e6;
     let asked = if asked == 0 { pool::get_num_threads() } else { asked };
     let work = products * plan.rows as f64 * plan.features as f64 * plan.classes as f64;
     asked.min((work / WORTH) as usize).max(1)

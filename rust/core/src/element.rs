@@ -124,6 +124,13 @@ pub(crate) trait Real:
     /// `self · b + c`, with one rounding where `FMA` holds.
     fn mul_add<const FMA: bool>(self, b: Self, c: Self) -> Self;
 
+    /// Whether it is nan.
+    #[inline(always)]
+    #[allow(clippy::eq_op)]
+    fn is_nan(self) -> bool {
+        self != self
+    }
+
     /// eˣ for x ≤ 88 (f32) or x ≤ 708 (f64), to about 1 ulp; 0 where the result would be
     /// subnormal; nan for nan.
     fn exp<const FMA: bool>(self) -> Self;
@@ -164,6 +171,8 @@ macro_rules! real {
     ($type:ident, $product:ident, $bits:ident, $shift:literal, $bias:expr,
      low: $low:literal, magic: $magic:literal, ln2: $ln2_high:literal $ln2_low:literal,
      exp: $exp:expr, tanh: $tanh:expr, limit: $limit:literal) => {
+        // Coefficients keep the digits that they were published with.
+        #[allow(clippy::excessive_precision)]
         impl Real for $type {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;

@@ -237,9 +237,15 @@ impl Backward {
         bytes(first + blocks) - bytes(first)
     }
 
-    /// Blocks that one product of dE goes through.
+    /// Blocks that one product of dE goes through: as many as fit the first-level cache, unless
+    /// super-blocks of so many would take much memory. A power of two, as is `blocks_of_thread`.
     fn pieces(sizes: &Sizes) -> usize {
-        (depth(sizes.kernels.operand) / sizes.tiling.padded_block).max(1)
+        let mut pieces = (depth(sizes.kernels.operand) / sizes.tiling.padded_block).max(1);
+        pieces = 1 << pieces.ilog2();
+        while pieces > 1 && pieces * Self::block_bytes(sizes) > 2 * GRADIENT_TILES {
+            pieces /= 2;
+        }
+        pieces
     }
 
     /// Panels of a row group.
@@ -250,13 +256,18 @@ impl Backward {
 
     /// Class blocks that each thread adds to a super-block.
     fn blocks_of_thread(sizes: &Sizes) -> usize {
+        let blocks = (GRADIENT_TILES / Self::block_bytes(sizes)).clamp(1, 8);
+        1 << blocks.ilog2()
+    }
+
+    /// Bytes of a class block in both buffers: gradient tiles, packed weight.
+    fn block_bytes(sizes: &Sizes) -> usize {
         let Sizes { kernels, tiling, .. } = sizes;
         let orders = if kernels.narrow { 2 } else { 1 };
         let tiles = Self::group(sizes) * LANES * tiling.padded_block * orders;
         let weight = if sizes.in_place { 0 } else { tiling.block * tiling.weight_row };
         let columns = if kernels.column_a { 0 } else { sizes.features * tiling.padded_block };
-        let bytes = (tiles + weight + columns) * kernels.operand;
-        (GRADIENT_TILES / (2 * bytes)).clamp(1, 8)
+        2 * (tiles + weight + columns) * kernels.operand
     }
 
     fn with_chunk(sizes: &Sizes, chunk: usize, threads: usize) -> Self {

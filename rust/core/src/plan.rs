@@ -151,7 +151,7 @@ pub fn plan(
     if gradients != 0 {
         let backward = Backward::new(&sizes, 1);
         let growth = Backward::growth(&sizes);
-        backward_bytes = backward.shared_bytes;
+        backward_bytes = backward.shared_bytes - growth.min(backward.shared_bytes);
         threads_bytes = threads_bytes.max(backward.each_bytes + growth);
         parts.extend(backward.parts());
         parts.push(("thread.gradient_tiles", growth));

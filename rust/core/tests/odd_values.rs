@@ -95,6 +95,15 @@ fn entropy_of_peaked_and_offset_rows_keeps_its_digits() {
 }
 
 #[test]
+fn a_nan_before_a_far_larger_logit_is_not_forgotten() {
+    let mut weights = vec![0.0; 700];
+    (weights[3], weights[600]) = (f64::NAN, 5000.0);
+    for (name, field) in [("rest", "rest"), ("entropy", "rest_entropy"), ("sum", "sum")] {
+        assert!(output(&case(&["rest", name], &weights, &[0.0]), field)[0].is_nan(), "{name}");
+    }
+}
+
+#[test]
 fn a_bias_of_minus_infinity_masks_a_class() {
     let mut case = case(&["rest", "target", "entropy", "weighted_sum"], &[1.0, 2.0, 3.0], &[0.0]);
     case.vectors = 2;

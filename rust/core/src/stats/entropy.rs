@@ -17,8 +17,8 @@ pub(crate) struct Entropy;
 #[inline(always)]
 fn refer(state: [f64; 3], factor: f64, shift: f64) -> [f64; 3] {
     let [count, sum, linear] = state;
-    // The former maxima join the others; a factor of zero takes everything with it.
-    if factor == 0.0 && shift == shift {
+    // The former maxima join the others; a factor of zero takes everything but nan with it.
+    if factor == 0.0 && !sum.is_nan() {
         [0.0; 3]
     } else {
         [0.0, factor * (sum + count), factor * (linear + shift * (sum + count))]

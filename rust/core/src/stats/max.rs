@@ -32,8 +32,7 @@ impl Unit for Max {
         let (mut best, mut at) = (tile.z[0], [0u32; LANES]);
         for (class, z) in tile.z.iter().enumerate().skip(1) {
             for i in 0..LANES {
-                // Also true for the first nan: it is not <= and the best so far equals itself.
-                let better = (z[i] > best[i]) | ((z[i] != z[i]) & (best[i] == best[i]));
+                let better = (z[i] > best[i]) | (z[i].is_nan() & !best[i].is_nan());
                 best[i] = if better { z[i] } else { best[i] };
                 at[i] = if better { class as u32 } else { at[i] };
             }
@@ -51,7 +50,7 @@ impl Unit for Max {
         for i in 0..LANES {
             let (old, new) = (state[0][i], later[0][i]);
             let empty = state[1][i] == f64::INFINITY;
-            let better = (new > old) | ((new != new) & (old == old)) | empty;
+            let better = (new > old) | (new.is_nan() & !old.is_nan()) | empty;
             state[0][i] = if better { new } else { old };
             state[1][i] = if better { later[1][i] } else { state[1][i] };
         }

@@ -63,7 +63,7 @@ pub(crate) fn repair<A: Real>(
     #[cold]
     fn infinite<A: Real>(z: &[[A; LANES]], peak: &[A; LANES], sum: &mut [A; LANES]) {
         for i in 0..LANES {
-            if peak[i] == -A::NEG_INFINITY && !z.iter().any(|z| z[i] != z[i]) {
+            if peak[i] == -A::NEG_INFINITY && !z.iter().any(|z| z[i].is_nan()) {
                 sum[i] = A::ONE;
             }
         }

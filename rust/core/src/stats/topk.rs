@@ -18,7 +18,7 @@ pub(crate) struct TopK {
 /// Whether logit `a` of class `i` comes before logit `b` of class `j`.
 #[inline(always)]
 fn before(a: f64, i: f64, b: f64, j: f64) -> bool {
-    match (a != a, b != b) {
+    match (a.is_nan(), b.is_nan()) {
         (true, false) => true,
         (false, true) => false,
         (true, true) => i < j,
@@ -26,7 +26,27 @@ fn before(a: f64, i: f64, b: f64, j: f64) -> bool {
     }
 }
 
+/// Whether a logit may enter a list: also where it or the bar is nan.
+#[inline(always)]
+fn enters<A: Real>(z: A, bar: A) -> bool {
+    (z > bar) | z.is_nan() | bar.is_nan()
+}
+
 impl TopK {
+    /// The last value of each full list; nan, which nothing is below, where there is room.
+    #[inline(always)]
+    fn bar<A: Real>(&self, state: &[Lane]) -> [A; LANES] {
+        let mut bar = [A::ZERO; LANES];
+        for i in 0..LANES {
+            let full = state[2 * self.k - 1][i] != f64::INFINITY;
+            let last = state[self.k - 1][i];
+            // A list full of nan takes no more: its bar is the largest.
+            let last = if last.is_nan() { f64::INFINITY } else { last };
+            bar[i] = A::from_f64(if full { last } else { f64::NAN });
+        }
+        bar
+    }
+
     /// Puts a logit into the sorted list of one lane, if it belongs there.
     fn insert(&self, state: &mut [Lane], lane: usize, value: f64, class: f64) {
         let (values, classes) = state.split_at_mut(self.k);
@@ -69,22 +89,21 @@ impl Unit for TopK {
 
     #[inline(always)]
     fn absorb<A: Real, const FMA: bool>(&self, tile: &Tile<'_, A>, state: &mut [Lane]) {
-        let mut last = [A::ZERO; LANES];
-        let mut full = [false; LANES];
+        let mut bar = self.bar::<A>(state);
         for (class, z) in tile.z.iter().enumerate() {
-            for i in 0..LANES {
-                last[i] = A::from_f64(state[self.k - 1][i]);
-                full[i] = state[2 * self.k - 1][i] != f64::INFINITY;
-            }
-            // Later classes enter a full list only if they are larger (or nan).
+            // Later classes enter a list only over its bar, or as nan.
             let mut any = false;
             for i in 0..LANES {
-                any |= !full[i] | (z[i] > last[i]) | (z[i] != z[i]);
+                any |= enters(z[i], bar[i]);
             }
             if any {
-                for (lane, z) in z.iter().enumerate() {
-                    self.insert(state, lane, z.to_f64(), (tile.first + class) as f64);
+                for lane in 0..LANES {
+                    if enters(z[lane], bar[lane]) {
+                        let class = (tile.first + class) as f64;
+                        self.insert(state, lane, z[lane].to_f64(), class);
+                    }
                 }
+                bar = self.bar(state);
             }
         }
     }

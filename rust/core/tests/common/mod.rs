@@ -490,8 +490,8 @@ impl Case {
                 if order[0] == j {
                     dz += g("max", 0);
                 }
-                for column in 0..self.topk {
-                    if order[column] == j {
+                for (column, &class) in order[..self.topk].iter().enumerate() {
+                    if class == j {
                         dz += g("topk_values", column);
                     }
                 }
