@@ -220,6 +220,17 @@ def test_torch_chunks(name: str) -> None:
         total.update(np.zeros((4, 6, 8)))
 
 
+def test_a_refused_chunk_changes_nothing() -> None:
+    total = LogSumExp(axis=1)
+    with pytest.raises(ValueError, match="weights"):
+        total.update(np.ones((2, 3)), weights=np.ones(2))
+    assert "empty" in repr(total)
+    total.update(np.zeros((4, 3)))
+    with pytest.raises(ValueError, match=r"chunk\.shape"):
+        total.update(np.ones((2, 3)))
+    np.testing.assert_allclose(total.value(), np.log(3.0))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

@@ -67,7 +67,6 @@ class LogSumExp:
         self._wide = False
         self._torch = False
         self._axes: tuple[int, ...] = ()
-        self._rank = 0
 
     def update(self, chunk: Any, *, weights: Any = None) -> LogSumExp:
         """Add a chunk; return the accumulator itself.
@@ -94,9 +93,10 @@ class LogSumExp:
         array = chunk.detach() if kind == "torch" else _readable(chunk)
         axes = self._normalised(tuple(array.shape))
         kept = tuple(n for axis, n in enumerate(array.shape) if axis not in axes)
+        factors = None if weights is None else _weights(weights, tuple(array.shape))
         if self._maximum is None:
             self._maximum, self._total = np.full(kept, -np.inf), np.zeros(kept)
-            self._torch, self._axes, self._rank = kind == "torch", axes, array.ndim
+            self._torch, self._axes = kind == "torch", axes
         elif kept != self._maximum.shape or axes != self._axes:
             raise argument_error(
                 "chunk.shape",
@@ -105,7 +105,6 @@ class LogSumExp:
                 "chunks differ in length along the reduced axes only",
             )
         assert self._total is not None
-        factors = None if weights is None else _weights(weights, tuple(array.shape))
         if prod(array.shape):
             _accumulate(
                 handle(array),
@@ -129,7 +128,7 @@ class LogSumExp:
         if self._maximum is None or self._total is None:
             self._maximum, self._total = other._maximum.copy(), other._total.copy()
             self._torch, self._wide = other._torch, other._wide
-            self._axes, self._rank = other._axes, other._rank
+            self._axes = other._axes
             return self
         if self._maximum.shape != other._maximum.shape:
             raise argument_error(
