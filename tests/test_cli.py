@@ -165,6 +165,9 @@ def test_computed_peak_is_the_measured_one(method: str, dtype: str) -> None:
     if method == "chunked":  # what is computed for it is a lower bound
         assert measured >= computed - allowed
         return
+    if dtype == "bf16":  # oneDNN transposes the logits' gradient on some thread counts
+        assert computed - allowed <= measured <= computed + 1024 * 8192 * 2 + allowed
+        return
     assert measured == pytest.approx(computed, rel=0.12, abs=allowed)
 
 

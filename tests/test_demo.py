@@ -91,6 +91,7 @@ def test_an_interrupt_leaves_a_partial_report(
     assert "interrupted" in text
     assert not found["complete"]
     assert found["training"]["steps"] == 2
+    assert found["runs"]["logitless"]["validation loss"] is None
     assert (tmp_path / "demo.png").exists()
 
 
@@ -107,6 +108,20 @@ def test_an_ordinary_head_that_does_not_fit_is_dropped(
     assert len(found["runs"]["logitless"]["losses"]) == 5
     assert "out of memory" in text
     assert (tmp_path / "demo.png").exists()
+
+
+@pytest.mark.usefixtures("_few_files")
+def test_if_neither_fits_the_reason_is_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 9000 GiB")
+
+    for name in HEADS:
+        monkeypatch.setitem(HEADS, name, too_much)
+    result = CliRunner().invoke(app, ["demo", *TINY, "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "out of memory at step 0" in " ".join(result.output.split())
 
 
 @pytest.mark.usefixtures("_few_files")

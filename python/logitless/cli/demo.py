@@ -77,8 +77,8 @@ def demo(
     shape = Shape(corpus.classes, hidden, layers, hidden // 64, context)
     ordinary, streamed = (make_run(name, shape, settings) for name in ("ordinary", "logitless"))
     outcome = run_both(ordinary, streamed, corpus, settings)
-    if not outcome.streamed.losses:
-        fail("interrupted before the first step ended; there is nothing to report")
+    if not streamed.losses:
+        fail(streamed.failure or "interrupted before the first step ended: nothing to report")
     found = report.record(outcome, facts(settings.device))
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -160,8 +160,8 @@ def too_large(run: Run, settings: Settings, available: int | None) -> str:
 
 def losses_text(ordinary: Run, streamed: Run) -> str:
     """The two present losses, for the progress bar."""
-    left = f"{ordinary.losses[-1]:.4f}" if ordinary.losses else "-"
-    return f"[{QUIET}]loss {left} ordinary, [/][{ACCENT}]{streamed.losses[-1]:.4f} logitless[/]"
+    left, right = (f"{run.losses[-1]:.4f}" if run.losses else "-" for run in (ordinary, streamed))
+    return f"[{QUIET}]loss {left} ordinary, [/][{ACCENT}]{right} logitless[/]"
 
 
 def write_sample(run: Run, corpus: Corpus) -> str:

@@ -141,7 +141,7 @@ def draw_time(axes: Axes, found: dict[str, Any]) -> None:
             width = seconds[part]
             axes.barh(row, width, left=left, color=colour, height=0.6)
             if part != "optimizer" and width > 0.18 * longest:
-                roomy = width > 0.36 * longest
+                roomy = width > 0.265 * longest
                 text = f"{part} {seconds_text(width)}" if roomy else part
                 shade = "white" if part == "head" else SOFT
                 middle = left + width / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,12 +68,17 @@ def record(outcome: Outcome, facts: dict[str, str]) -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "seed": settings.seed,
         },
-        "largest loss difference": largest_difference(outcome.ordinary, outcome.streamed),
+        "largest loss difference": finite(largest_difference(outcome.ordinary, outcome.streamed)),
         "head gradients bytes": gradients,
         "planned workspace bytes": max(0, plan.peak - gradients),
         "runs": {run.name: describe(run) for run in (outcome.ordinary, outcome.streamed)},
         "sample": outcome.sample,
     }
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for a number that JSON cannot hold."""
+    return value if math.isfinite(value) else None
 
 
 def describe(run: Run) -> dict[str, Any]:
@@ -81,7 +87,7 @@ def describe(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {
         "failure": run.failure,
         "losses": run.losses,
-        "validation loss": run.validation,
+        "validation loss": finite(run.validation),
         "head peak bytes": run.head_peak,
     }
     if typical is not None:
