@@ -394,3 +394,21 @@ def test_statistic_objects() -> None:
     assert repr(stats.power_lse(2, 0.5)) == "stats.power_lse(2, 0.5)"
     assert "shape (7,)" in repr(stats.weighted(torch.ones(7)))
     assert pickle.loads(pickle.dumps(stats.topk(3))) == stats.topk(3)
+
+
+def test_entropy_of_peaked_rows_keeps_its_digits() -> None:
+    weight = torch.tensor([[20.0], [0.0], [-1.0], [0.5]])
+    z = weight.double().squeeze(1)
+    # log p of the first class by log1p: float64 alone would lose it too.
+    rest = z[1:].logsumexp(0)
+    log_p = torch.cat([-torch.nn.functional.softplus(rest - z[:1], threshold=60.0), z[1:] - z[0]])
+    log_p[1:] += log_p[0]
+    exact = -(log_p.exp() * log_p).sum()
+    for target in (None, [0], [1], [[0, 2]], [[1, 2]], [[2, 0, 0]]):
+        head = weight.clone().requires_grad_()
+        ids = None if target is None else torch.tensor(target)
+        s = logitless.row_statistics(torch.ones(1, 1), head, ids, want="entropy")
+        torch.testing.assert_close(s.entropy[0].double(), exact, rtol=1e-5, atol=0.0)
+        (gradient,) = torch.autograd.grad(s.entropy.sum(), head)
+        expected = -(log_p.exp() * (log_p + exact))
+        torch.testing.assert_close(gradient[:, 0].double(), expected, rtol=0.1, atol=1e-11)

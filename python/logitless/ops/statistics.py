@@ -313,17 +313,24 @@ class RowStatistics:
         use = self._distinct() | ~self.kept.unsqueeze(-1)
         return torch.where(use, self.target, -torch.inf)
 
+    def _log_share(self) -> Tensor:
+        """Log of each target's share of the targets' probability; anything at padding.
+
+        Only the largest target can have a share near 1: it alone is put against the sum of the
+        others, the rest lose nothing by a difference.
+        """
+        z = self._masked_target()
+        winner = z.argmax(dim=-1, keepdim=True)
+        is_winner = torch.zeros_like(z, dtype=torch.bool).scatter(-1, winner, True)
+        others = logsumexp(torch.where(is_winner, -torch.inf, z))
+        best = logsigmoid(z.gather(-1, winner) - others.unsqueeze(-1))
+        wins = self.target_ids == self.target_ids.gather(-1, winner)  # repetitions too
+        return torch.where(wins, best, self.target - self.target_lse.unsqueeze(-1))
+
     def _log_prob(self) -> Tensor:
         if not self._several:
             return logsigmoid(self.target - self.rest)
-        # Only the largest target can have p near 1: it alone needs the sum over all others.
-        z, distinct = self._masked_target(), self._distinct()
-        winner = z.argmax(dim=-1, keepdim=True)
-        is_winner = torch.zeros_like(distinct).scatter(-1, winner, True)
-        others = logaddexp(self.rest, logsumexp(torch.where(is_winner, -torch.inf, z)))
-        best = logsigmoid(z.gather(-1, winner).squeeze(-1) - others).unsqueeze(-1)
-        same = self.target_ids == self.target_ids.gather(-1, winner)
-        return torch.where(same & self._real(), best, self.target - self.lse.unsqueeze(-1))
+        return self._log_share() + logsigmoid(self.target_lse - self.rest).unsqueeze(-1)
 
     def _entropy(self, rest_entropy: Tensor) -> Tensor:
         # H = h(p_R) + p_R H_R + p_Y H_Y, grouped so that every term is positive.
@@ -332,7 +339,7 @@ class RowStatistics:
         value = plogp(p_rest, logsigmoid(margin)) + plogp(p_target, logsigmoid(-margin))
         value = value + p_rest * rest_entropy
         if self._several:
-            log_q = self._masked_target() - self.target_lse.unsqueeze(-1)
+            log_q = torch.where(self._distinct(), self._log_share(), -torch.inf)
             value = value + p_target * plogp(torch.exp(log_q), log_q).sum(dim=-1)
         return value
 

@@ -102,8 +102,10 @@ impl Unit for Entropy {
     }
 
     fn grad(&self, row: &SavedRow<'_>, out: &mut RowGradient) {
-        // dH = −r (z − μ), μ = Σ r z = rest − H.
+        // dH = −r (z − μ), μ = Σ r z = rest − H: written as −r ((z − rest) + H), for on a peaked row
+        // H is far below a unit in the last place of μ.
+        out.a -= row.cotangent(0, 0) * row.value(0, 0);
         out.b -= row.cotangent(0, 0);
-        out.center = row.rest - row.value(0, 0);
+        out.center = row.rest;
     }
 }
