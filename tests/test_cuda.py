@@ -90,9 +90,10 @@ def test_statistics_and_gradients(name: str, shape: Any, options: Any) -> None:
     total = 0.0
     cotangents = {}
     generator = torch.Generator().manual_seed(1)
+    kept = y >= 0  # of ignored rows only the core fields are promised (0); a loss masks them
     for field in FIELDS:
-        value = getattr(s, field)
-        expected = torch.from_numpy(reference[field]).cuda()
+        value = torch.where(kept, getattr(s, field), 0.0)
+        expected = torch.where(kept, torch.from_numpy(reference[field]).cuda(), 0.0)
         size = max(1.0, expected[expected.isfinite()].abs().max().item()) if expected.numel() else 1
         finite = expected.isfinite()
         assert torch.equal(value.double()[~finite], expected[~finite]), field
@@ -101,6 +102,7 @@ def test_statistics_and_gradients(name: str, shape: Any, options: Any) -> None:
         if finite.all():
             # Variance-like fields grow as V: keep every cotangent's share of the gradient alike.
             g = torch.randn(shape[0], generator=generator, dtype=torch.float64) / size
+            g = g * kept.cpu()
             cotangents[field] = g.numpy()
             total = total + (value.double() * g.cuda()).sum()
     leaves = [t for t in (e, w, b) if t is not None]
@@ -334,8 +336,9 @@ def test_memory_stays_in_its_promise(memory: str) -> None:
 
 def test_masked_rows_cost_nothing() -> None:
     """60% of the tokens ignored: about 40% of the time, and the same gradients."""
-    e, w, _, y = make(4096, 1024, 32768, torch.bfloat16, ignored=0.0)
-    masked = torch.where(torch.arange(4096, device="cuda") % 5 < 3, -100, y)
+    # Large enough that the device, not Python, sets the time.
+    e, w, _, y = make(8192, 2048, 65536, torch.bfloat16, ignored=0.0)
+    masked = torch.where(torch.arange(8192, device="cuda") % 5 < 3, -100, y)
 
     def seconds(target: Any) -> float:
         times = []
@@ -350,7 +353,7 @@ def test_masked_rows_cost_nothing() -> None:
 
     seconds(y)
     # A coarse bound: this is a test of compaction, not of speed.
-    assert seconds(masked) <= 0.75 * seconds(y)
+    assert seconds(masked) <= 0.6 * seconds(y)
     keep = masked >= 0
     loss = LF.linear_cross_entropy(e, w, masked)
     d_e, d_w = torch.autograd.grad(loss, [e, w])
@@ -448,6 +451,7 @@ def test_empty_and_all_ignored() -> None:
     assert not d_w.any()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_autocast_checkpoint_and_compile() -> None:
     body, head = torch.nn.Linear(32, 64).cuda(), torch.nn.Linear(64, 800, bias=False).cuda()
     x, y = torch.randn(128, 32, device="cuda"), torch.randint(800, (128,), device="cuda")
