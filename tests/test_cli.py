@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -194,6 +195,27 @@ def test_bench_measures_a_shape(tmp_path: Path) -> None:
     assert (tmp_path / "b.png").stat().st_size > 0
 
 
+@needs_torch
+def test_an_interrupted_bench_reports_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    from logitless.cli.harness import timing
+
+    real, calls = timing.interleaved, []
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(timing, "interleaved", once)
+    text = out(
+        *("bench", "--shape", "8,8,16", "--only", "eager,lean", "--seconds", "0"),
+        *("--no-memory", "--no-error"),
+    )
+    assert "8 x 8 x 16 fp32 on cpu, forward, interleaved" in text
+    assert "forward+backward, interleaved" not in text
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("clock", ["interleaved", "sustained"])
 def test_bench_on_a_gpu(tmp_path: Path, clock: str) -> None:
@@ -233,7 +255,7 @@ def test_a_contender_that_fails_is_reported_and_the_rest_is_measured(
     broken = contenders.FromLoss("broken", "always fails", build=explode)
     monkeypatch.setitem(contenders.CONTENDERS, "broken", broken)
     options = Options(("eager", "broken"), ("forward",), seconds=0, memory=False)
-    eager, failed = measure([Case(8, 8, 16)], options)
+    ((eager, failed),) = measure([Case(8, 8, 16)], options)
     assert failed.reason == "RuntimeError: no such kernel"
     assert failed.time is None
     assert eager.time is not None

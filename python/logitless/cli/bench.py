@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,7 +81,8 @@ def bench(
     """Compare logitless with eager torch, torch.compile, chunked torch and installed rivals.
 
     Every table states the machine, the allocator and the thread settings. Ratios are times relative
-    to eager; interleaved ones are medians of ratios within a round, with their 95% interval.
+    to eager; interleaved ones are medians of ratios within a round, with their 95% interval. Ctrl-C
+    ends early and reports the shapes that are done.
     """
     need("bench", "torch", "torch")
     if plot is not None:
@@ -104,14 +106,18 @@ def bench(
         usable(names, cases[0].device), modes, clock.value, seconds, measure_memory, error, seed
     )
     machine = facts(torch.device(cases[0].device))
-    with progress() as bar:
+    rows: list[Row] = []
+    with progress() as bar, suppress(KeyboardInterrupt):
         task = bar.add_task("measuring", total=stages(cases, options), note="")
-        rows = measure(
+        for done in measure(
             cases,
             options,
             say=lambda text: bar.update(task, note=f"[{QUIET}]{text}[/]"),
             advance=lambda: bar.advance(task),
-        )
+        ):
+            rows.extend(done)
+    if not rows:
+        fail("interrupted before the first shape was measured: nothing to report")
     for name, value in machine.items():
         console.print(Text(f"{name}: {value}", style=QUIET), soft_wrap=True)
     for group in grouped(rows):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -147,8 +147,8 @@ def measure(
     options: Options,
     say: Callable[[str], None] = lambda _: None,
     advance: Callable[[], None] = lambda: None,
-) -> list[Row]:
-    """Measure every case in every mode.
+) -> Iterator[list[Row]]:
+    """Measure every case in every mode; yields the rows of one case and mode as they are done.
 
     Parameters
     ----------
@@ -157,7 +157,6 @@ def measure(
     advance : callable
         Called `stages` times in all.
     """
-    rows: list[Row] = []
     for case in cases:
         inputs = problem(case, options.seed)
         for mode in options.modes:
@@ -178,9 +177,8 @@ def measure(
             if options.error:
                 work.measure_errors()
             advance()
-            rows.extend(work.rows.values())
+            yield list(work.rows.values())
             torch.compiler.reset()
-    return rows
 
 
 def stages(cases: Sequence[Case], options: Options) -> int:
