@@ -19,6 +19,10 @@ const INNER_GROUP: usize = 16;
 const OPERAND: usize = 32 << 10;
 /// Class chunks of the forward: enough for many threads, few enough to keep states small.
 const CHUNKS: usize = 64;
+/// The same where states are large: the lists of `topk` start anew in every chunk.
+const LONG_CHUNKS: usize = 16;
+/// Lanes of a large state.
+const LARGE: usize = 32;
 /// Bytes that the states of a row group may take before its rows are cut.
 const STATES: usize = 8 << 20;
 /// Bytes of gradient tiles, and of packed weight beside them, that each thread adds in two buffers.
@@ -133,7 +137,8 @@ impl Forward {
         let Sizes { kernels, tiling, .. } = sizes;
         let (mut shared, mut each) = (Arena::default(), Arena::default());
         let panels = sizes.rows.div_ceil(LANES);
-        let chunk = tiling.blocks.div_ceil(CHUNKS).max(4.min(tiling.blocks));
+        let most = if sizes.state_lanes >= LARGE { LONG_CHUNKS } else { CHUNKS };
+        let chunk = tiling.blocks.div_ceil(most).max(4.min(tiling.blocks));
         let chunks = tiling.blocks.div_ceil(chunk);
         let state = sizes.state_lanes * size_of::<Lane>();
         let mut group = panels.clamp(1, GROUP);

@@ -8,7 +8,8 @@ use crate::spec::Field;
 /// The largest k.
 pub(crate) const MAX_TOPK: usize = 64;
 
-/// State: k values, then their k classes (infinite where there is none yet).
+/// State: for each lane its k values, sorted; then for each lane their k classes, infinite where
+/// there is none yet. A lane's list is contiguous, so that it moves up quickly.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct TopK {
     /// How many.
@@ -32,36 +33,46 @@ fn enters<A: Real>(z: A, bar: A) -> bool {
     (z > bar) | z.is_nan() | bar.is_nan()
 }
 
-impl TopK {
-    /// The last value of each full list; nan, which nothing is below, where there is room.
-    #[inline(always)]
-    fn bar<A: Real>(&self, state: &[Lane]) -> [A; LANES] {
-        let mut bar = [A::ZERO; LANES];
-        for i in 0..LANES {
-            let full = state[2 * self.k - 1][i] != f64::INFINITY;
-            let last = state[self.k - 1][i];
-            // A list full of nan takes no more: its bar is the largest.
-            let last = if last.is_nan() { f64::INFINITY } else { last };
-            bar[i] = A::from_f64(if full { last } else { f64::NAN });
-        }
-        bar
-    }
+/// The lists of one lane.
+struct List<'a> {
+    values: &'a mut [f64],
+    classes: &'a mut [f64],
+}
 
-    /// Puts a logit into the sorted list of one lane, if it belongs there.
-    fn insert(&self, state: &mut [Lane], lane: usize, value: f64, class: f64) {
-        let (values, classes) = state.split_at_mut(self.k);
-        let mut place = self.k;
-        while place > 0 && before(value, class, values[place - 1][lane], classes[place - 1][lane]) {
+impl List<'_> {
+    /// Puts a logit in, if it belongs here.
+    fn insert(&mut self, value: f64, class: f64) {
+        let k = self.values.len();
+        let follows = |place: usize| before(value, class, self.values[place], self.classes[place]);
+        let mut place = k;
+        while place > 0 && follows(place - 1) {
             place -= 1;
         }
-        for i in (place + 1..self.k).rev() {
-            values[i][lane] = values[i - 1][lane];
-            classes[i][lane] = classes[i - 1][lane];
+        if place < k {
+            self.values.copy_within(place..k - 1, place + 1);
+            self.classes.copy_within(place..k - 1, place + 1);
+            (self.values[place], self.classes[place]) = (value, class);
         }
-        if place < self.k {
-            values[place][lane] = value;
-            classes[place][lane] = class;
+    }
+
+    /// What a later logit has to exceed: the last value of a full list; nan, which nothing is below,
+    /// where there is room.
+    fn bar(&self) -> f64 {
+        let last = self.values.len() - 1;
+        match (self.classes[last] == f64::INFINITY, self.values[last].is_nan()) {
+            (true, _) => f64::NAN,
+            // Full of nan: it takes no more.
+            (false, true) => f64::INFINITY,
+            (false, false) => self.values[last],
         }
+    }
+}
+
+impl TopK {
+    fn list<'a>(&self, state: &'a mut [Lane], lane: usize) -> List<'a> {
+        let (values, classes) = state.as_flattened_mut().split_at_mut(self.k * LANES);
+        let range = lane * self.k..(lane + 1) * self.k;
+        List { values: &mut values[range.clone()], classes: &mut classes[range] }
     }
 }
 
@@ -89,7 +100,10 @@ impl Unit for TopK {
 
     #[inline(always)]
     fn absorb<A: Real, const FMA: bool>(&self, tile: &Tile<'_, A>, state: &mut [Lane]) {
-        let mut bar = self.bar::<A>(state);
+        let mut bar = [A::ZERO; LANES];
+        for (lane, bar) in bar.iter_mut().enumerate() {
+            *bar = A::from_f64(self.list(state, lane).bar());
+        }
         for (class, z) in tile.z.iter().enumerate() {
             // Later classes enter a list only over its bar, or as nan.
             let mut any = false;
@@ -97,33 +111,39 @@ impl Unit for TopK {
                 any |= enters(z[i], bar[i]);
             }
             if any {
+                let class = (tile.first + class) as f64;
                 for lane in 0..LANES {
                     if enters(z[lane], bar[lane]) {
-                        let class = (tile.first + class) as f64;
-                        self.insert(state, lane, z[lane].to_f64(), class);
+                        let mut list = self.list(state, lane);
+                        list.insert(z[lane].to_f64(), class);
+                        bar[lane] = A::from_f64(list.bar());
                     }
                 }
-                bar = self.bar(state);
             }
         }
     }
 
     #[inline(always)]
     fn merge<const FMA: bool>(&self, state: &mut [Lane], later: &[Lane]) {
-        let (values, classes) = later.split_at(self.k);
+        let (values, classes) = later.as_flattened().split_at(self.k * LANES);
         for lane in 0..LANES {
-            for (value, class) in values.iter().zip(classes) {
-                if class[lane] != f64::INFINITY {
-                    self.insert(state, lane, value[lane], class[lane]);
+            let mut list = self.list(state, lane);
+            let range = lane * self.k..(lane + 1) * self.k;
+            for (&value, &class) in values[range.clone()].iter().zip(&classes[range]) {
+                // Both are sorted: what follows one that stays out stays out.
+                if class == f64::INFINITY || !enters(value, list.bar()) {
+                    break;
                 }
+                list.insert(value, class);
             }
         }
     }
 
     fn finish(&self, state: &[Lane], lane: usize, out: &mut Writer<'_>) {
+        let (values, classes) = state.as_flattened().split_at(self.k * LANES);
         for column in 0..self.k {
-            out.set(0, column, state[column][lane]);
-            out.set(1, column, state[self.k + column][lane]);
+            out.set(0, column, values[lane * self.k + column]);
+            out.set(1, column, classes[lane * self.k + column]);
         }
     }
 
