@@ -304,6 +304,23 @@ def test_a_masked_class_contributes_nothing() -> None:
     assert LF.linear_cross_entropy(input, weight, target, linear_bias=bias) == torch.inf
 
 
+def test_numpy_numbers_are_numbers() -> None:
+    import numpy as np
+
+    input, weight, target = normal(0, 2, 5, 3), normal(1, 6, 3), ids_of(2, (2, 5), 6)
+    torch.testing.assert_close(
+        LF.linear_cross_entropy(
+            input,
+            weight,
+            target,
+            logit_scale=np.float32(0.5),
+            softcap=np.float64(3.0),
+            shift=np.int64(1),
+        ),
+        LF.linear_cross_entropy(input, weight, target, logit_scale=0.5, softcap=3.0, shift=1),
+    )
+
+
 def test_denominator_tensor_and_gradient_accumulation() -> None:
     input, weight = normal(0, 8, 3), normal(1, 6, 3)
     target = ids_of(3, (8,), 6)

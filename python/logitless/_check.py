@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import inf, prod
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 __all__ = ["ArgumentError", "ArgumentTypeError", "Geometry", "TargetKind", "geometry"]
@@ -206,7 +207,7 @@ def _target_kind(
 
 def check_shift(shift: int, lead: Shape) -> None:
     """`shift` moves the targets along the last leading dimension of input."""
-    if isinstance(shift, bool) or not isinstance(shift, int):
+    if isinstance(shift, bool) or not isinstance(shift, Integral):
         raise type_error("shift", repr(shift), "an int", "shift=1 predicts the next position")
     if shift == 0:
         return
@@ -244,7 +245,7 @@ def check_softcap(softcap: float | None) -> float:
     """`None` becomes 0.0, which the engine reads as no cap."""
     if softcap is None:
         return 0.0
-    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+    if isinstance(softcap, bool) or not isinstance(softcap, Real):
         raise type_error(
             "softcap", repr(softcap), "a positive number or None", "use float(softcap)"
         )

@@ -7,6 +7,7 @@ of `logitless._check`; this page knows torch's dtypes, devices, layouts and subc
 from __future__ import annotations
 
 import os
+from numbers import Real
 
 from logitless import _check
 from logitless._check import Geometry, argument_error, type_error
@@ -139,7 +140,7 @@ def logit_scale(value: float | Tensor) -> tuple[float, Tensor | None]:
                 "use logit_scale.squeeze()",
             )
         return 1.0, value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise type_error(
             "logit_scale", repr(value), "a number or a 0-d floating tensor", "use float(...)"
         )
