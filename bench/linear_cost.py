@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import statistics
 from dataclasses import replace
 
 import torch
@@ -49,6 +50,7 @@ def main() -> None:
     for name, value in facts(torch.device(given.device)).items():
         print(f"* {name}: {value}")
     print("\n| doubled | N | D | V | median | slope to the line above |\n|---|---|---|---|---|---|")
+    exponents = []
     for size, letter in LETTERS.items():
         cases = series(size, start)
         found = times(cases, given.seconds)
@@ -56,6 +58,9 @@ def main() -> None:
             slope = f"{math.log2(seconds / found[index - 1]):.2f}" if index else ""
             sizes = f"{case.rows} | {case.features} | {case.classes}"
             print(f"| {letter} | {sizes} | {seconds * 1e3:.2f} ms | {slope} |")
+        whole = statistics.linear_regression(range(len(found)), [math.log2(s) for s in found])
+        exponents.append(f"{letter} {whole.slope:.2f}")
+    print(f"\nExponents fitted over all lines: {', '.join(exponents)}.")
 
 
 if __name__ == "__main__":
