@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 import logitless
-import logitless.functional as LF
 from logitless import stats
 
 torch = pytest.importorskip("torch")
+
+import logitless.functional as LF  # noqa: E402
 
 gradcheck = torch.autograd.gradcheck
 gradgradcheck = torch.autograd.gradgradcheck

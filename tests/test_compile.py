@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 import logitless
-import logitless.functional as LF
-import logitless.nn as ln
-from logitless import PerRow, RowStatistics, row_loss, stats
 
 torch = pytest.importorskip("torch")
+
+import logitless.functional as LF  # noqa: E402
+import logitless.nn as ln  # noqa: E402
+from logitless import PerRow, RowStatistics, row_loss, stats  # noqa: E402
 
 CLASSES = 9
 VECTORS = torch.linspace(-1, 1, 2 * CLASSES).reshape(2, CLASSES)

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import logitless
-import logitless.functional as LF
 from logitless import _check, stats
 
 torch = pytest.importorskip("torch")
+
+import logitless.functional as LF  # noqa: E402
 
 
 def good() -> dict[str, Any]:
@@ -92,6 +93,7 @@ def test_ids_out_of_range_are_named_with_their_row() -> None:
     refused({"target": torch.tensor([0, -100, 1, 2]), "ignore_index": 0}, errors=(IndexError,))
 
 
+@pytest.mark.smoke
 def test_options() -> None:
     refused({"reduction": "avg"}, "reduction = 'avg'", "'none', 'mean' or 'sum'", errors=VALUE)
     for value in (-0.1, 1.1, float("nan")):

@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import logitless.functional as LF
 from logitless import testing
 
 torch = pytest.importorskip("torch")
+
+import logitless.functional as LF  # noqa: E402
+
 F = torch.nn.functional
 
 REDUCTIONS = ("none", "mean", "sum")

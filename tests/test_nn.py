@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-import logitless.functional as LF
-import logitless.nn as ln
-
 torch = pytest.importorskip("torch")
+
+import logitless.functional as LF  # noqa: E402
+import logitless.nn as ln  # noqa: E402
 
 
 def make(**options: Any) -> tuple[Any, Any, Any]:

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 import logitless
-import logitless.functional as LF
-from logitless import PerRow, RowStatistics, row_loss, stats
 
 torch = pytest.importorskip("torch")
+
+import logitless.functional as LF  # noqa: E402
+from logitless import PerRow, RowStatistics, row_loss, stats  # noqa: E402
+
 logsigmoid = torch.nn.functional.logsigmoid
 
 
