@@ -451,6 +451,7 @@ def cuda_forward(
     device: int,
     stream: int,
     workspace: _Tensor,
+    scale: _Tensor | None = None,
 ) -> None:
     """Enqueue a forward; the arguments up to `threads` are those of `forward`, on the device.
 
@@ -464,6 +465,9 @@ def cuda_forward(
         Handle of the stream; 0 is the legacy default stream.
     workspace
         ``plan.forward_bytes`` bytes (uint8) of the device, aligned to 256.
+    scale
+        The logit scale where the device holds it, in place of `logit_scale`: one element, acc
+        dtype, never read back.
 
     Raises
     ------
@@ -497,6 +501,7 @@ def cuda_backward(
     stream: int,
     workspace: _Tensor,
     accumulate_weight: bool = False,
+    scale: _Tensor | None = None,
 ) -> None:
     """Enqueue a backward; the arguments up to `threads` are those of `backward`, on the device.
 
@@ -508,6 +513,8 @@ def cuda_backward(
         ``plan.backward_bytes`` bytes (uint8) of the device, aligned to 256.
     accumulate_weight
         Add to `d_weight` instead of overwriting it; needs the acc dtype.
+    scale
+        As for `cuda_forward`.
     """
 
 def cuda_describable(weight: _Tensor) -> bool:
