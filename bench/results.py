@@ -24,7 +24,8 @@ command that makes it again. Ratios are times relative to torch eager on the sam
 contender once a round in random order, and a ratio is the median over rounds of the ratio within a
 round. Memory is the growth of resident memory during one call in a fresh process (on CUDA: of
 the caching allocator); its columns show the part beyond the gradients as a share of eager's peak.
-Errors are relative Frobenius errors against float64.
+Errors are relative Frobenius errors against float64. `lean` (the default) and `fast` are the memory
+modes of logitless; `products` is the matrix products alone, which no exact method avoids.
 """
 
 Row = dict[str, Any]
