@@ -2,7 +2,7 @@
 
 use super::{Cell, Pass, write};
 use crate::forward::{Left, in_place};
-use crate::kernel::{Kernel, LANES, Product};
+use crate::kernel::{Isa, Kernel, LANES, Product};
 
 /// A left operand with its steps: columns of `W`.
 struct Columns<T> {
@@ -92,7 +92,7 @@ impl<K: Kernel> Pass<'_, K> {
         for (lane, row) in self.rows.panel(panel).enumerate() {
             let accumulate = self.gradients.accumulate_input;
             let work = write::InputRow { tensor, row, lane, sums, scale, accumulate };
-            write::each_type(tensor.dtype(), work);
+            self.kernel.isa().vectorize(write::EachType(tensor.dtype(), work));
         }
     }
 }

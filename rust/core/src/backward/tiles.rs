@@ -193,7 +193,7 @@ impl<K: Kernel> Pass<'_, K> {
                 scale: self.operands.maps.scale(),
                 accumulate: !aside && cell.group > 0,
             };
-            write::each_type(tensor.dtype(), work);
+            self.kernel.isa().vectorize(write::EachType(tensor.dtype(), work));
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::Pass;
 use crate::element::{DType, Element, Real};
-use crate::kernel::{Kernel, LANES};
+use crate::kernel::{Kernel, LANES, Vectorize};
 use crate::operands::{ClassVector, DensePanel, Input, Matrix};
 use crate::tensor::Tensor;
 
@@ -11,6 +11,7 @@ pub(super) trait ForType {
     fn run<T: Element>(self);
 }
 
+#[inline(always)]
 pub(super) fn each_type(dtype: DType, work: impl ForType) {
     match dtype {
         DType::F32 => work.run::<f32>(),
@@ -18,6 +19,17 @@ pub(super) fn each_type(dtype: DType, work: impl ForType) {
         DType::Bf16 => work.run::<half::bf16>(),
         DType::F16 => work.run::<half::f16>(),
         DType::I64 | DType::U8 => unreachable!("gradients are checked to be floats"),
+    }
+}
+
+/// [`each_type`] with the vector instructions of a level: for gradients as large as the weight.
+pub(super) struct EachType<W>(pub DType, pub W);
+
+impl<W: ForType> Vectorize for EachType<W> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const FMA: bool>(self) {
+        each_type(self.0, self.1);
     }
 }
 
@@ -132,6 +144,7 @@ pub(super) struct WeightStrip<'a, A> {
 }
 
 impl<A: Real> ForType for WeightStrip<'_, A> {
+    #[inline(always)]
     fn run<T: Element>(self) {
         let matrix = Matrix::<T>::new(self.tensor);
         for (class, sums) in self.sums.iter().enumerate() {
@@ -154,6 +167,7 @@ pub(super) struct InputRow<'a, A> {
 }
 
 impl<A: Real> ForType for InputRow<'_, A> {
+    #[inline(always)]
     fn run<T: Element>(self) {
         let input = Input::<T>::new(self.tensor);
         for (block, sums) in self.sums.chunks(LANES).enumerate() {
