@@ -166,6 +166,7 @@ def test_statistics() -> None:
         ((stats.topk(2), stats.topk(3)), "two different"),
         ((stats.power_lse(2), stats.power_lse(3)), "several powers"),
         (stats.weighted(torch.ones(5)), "(6,)"),
+        (stats.weighted(torch.tensor(1.0)), "(6,)"),
         (stats.weighted(torch.ones(6, requires_grad=True)), "detach"),
         (stats.dot(torch.ones(4, 5)), "(4, 6)"),
     ):

@@ -11,14 +11,12 @@ from typing import Any
 from logitless._extras import torch
 from logitless.ops import custom_ops, engine
 from logitless.ops.double_backward import double_backward
-from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call, Tensors
+from logitless.ops.engine import BITS, WEIGHT, Call, Tensors
 
 __all__ = ["gradient_mask", "in_forward_mode", "statistics", "wanted_bits"]
 
 Tensor = torch.Tensor
 Optional = torch.Tensor | None
-
-_BITS = (INPUT, WEIGHT, BIAS, SCALE, DENSE)
 
 
 def gradient_mask(*tensors: Optional, grad_buffer: Optional = None) -> int:
@@ -26,7 +24,7 @@ def gradient_mask(*tensors: Optional, grad_buffer: Optional = None) -> int:
     if not torch.is_grad_enabled():
         return 0
     mask = 0 if grad_buffer is None else WEIGHT
-    for bit, tensor in zip(_BITS, tensors, strict=True):
+    for bit, tensor in zip(BITS, tensors, strict=True):
         if tensor is not None and tensor.requires_grad:
             mask |= bit
     return mask
@@ -57,7 +55,7 @@ def in_forward_mode() -> bool:
 
 def wanted_bits(call: Call, needs: tuple[bool, ...]) -> int:
     """Bits of the gradients that this backward must make."""
-    wanted = sum(bit for bit, need in zip(_BITS, needs, strict=False) if need)
+    wanted = sum(bit for bit, need in zip(BITS, needs, strict=False) if need)
     if call.grad_buffer is None:
         return wanted
     if torch.is_grad_enabled():

@@ -13,7 +13,7 @@ from logitless import stats
 from logitless._arrays import torch_code
 from logitless._extras import torch
 from logitless.ops import engine
-from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call, Tensors
+from logitless.ops.engine import BITS, DENSE, INPUT, Call, Tensors
 
 __all__ = ["needed", "statistics"]
 
@@ -21,7 +21,6 @@ Tensor = torch.Tensor
 Optional = torch.Tensor | None
 
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_BITS = (INPUT, WEIGHT, BIAS, SCALE, DENSE)
 
 # The parts of a Call, in the order of `_pack` and `_unpack`.
 _CALL = (
@@ -194,7 +193,7 @@ def _(
         torch.empty_like(t, memory_format=contiguous)
         if bit in (INPUT, DENSE)
         else torch.empty_like(t)
-        for t, bit in zip(inputs, _BITS, strict=True)
+        for t, bit in zip(inputs, BITS, strict=True)
         if t is not None and wanted & bit
     ]
 
@@ -213,7 +212,7 @@ def _backward(ctx: Any, cotangents: list[Optional]) -> tuple[Any, ...]:
     fields = outputs[: ctx.count]
     store = outputs[ctx.count] if len(outputs) > ctx.count else None
     wanted = [bool(need) for need in ctx.needs_input_grad[:5]]
-    mask = sum(bit for bit, need in zip(_BITS, wanted, strict=True) if need)
+    mask = sum(bit for bit, need in zip(BITS, wanted, strict=True) if need)
     given = [
         None if g is None or not field.is_floating_point() else g
         for g, field in zip(cotangents[: ctx.count], fields, strict=True)

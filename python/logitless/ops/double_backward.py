@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from logitless._extras import torch
 from logitless.ops import layout
-from logitless.ops.engine import BIAS, DENSE, INPUT, SCALE, WEIGHT, Call, Tensors
+from logitless.ops.engine import BITS, DENSE, INPUT, SCALE, Call, Tensors
 
 __all__ = ["double_backward"]
 
@@ -22,8 +22,6 @@ Optional = torch.Tensor | None
 # A chunk holds about so many (rows, V) tensors at once, forward, backward and twice backward.
 _TENSORS = 24
 _CHUNK_BYTES = 256 * 2**20
-
-_BITS = (INPUT, WEIGHT, BIAS, SCALE, DENSE)  # the order in which gradients are listed
 
 
 class _Place(NamedTuple):
@@ -95,14 +93,14 @@ def double_backward(
         parts = [None if g is None else g[index, place.rows] for g in given]
         d_leaves, d_parts = _chunk(
             call,
-            [_cut(t, bit, place) for t, bit in zip(sources, _BITS, strict=True)],
-            [_cut(t, bit, place) for t, bit in zip(ways, _BITS, strict=True)],
+            [_cut(t, bit, place) for t, bit in zip(sources, BITS, strict=True)],
+            [_cut(t, bit, place) for t, bit in zip(ways, BITS, strict=True)],
             None if ids is None else ids[index, place.rows],
             vectors,
             [f[index, place.rows] for f in saved],
             parts,
         )
-        for total, value, bit in zip(sums, d_leaves, _BITS, strict=True):
+        for total, value, bit in zip(sums, d_leaves, BITS, strict=True):
             into = _cut(total, bit, place)
             if into is not None and value is not None:
                 into.add_(value)
@@ -112,7 +110,7 @@ def double_backward(
     return (
         tuple(
             None if total is None or t is None else _finish(call, total, t, bit)
-            for total, t, bit in zip(sums, tensors[:5], _BITS, strict=True)
+            for total, t, bit in zip(sums, tensors[:5], BITS, strict=True)
         ),
         tuple(
             None if r is None else layout.to_rows(r, call.rows_shape, count, c)
@@ -151,7 +149,7 @@ def _chunk(
         None
         if t is None
         else t.detach().to(dtype if bit in (SCALE, DENSE) else call.dtype).to(dtype)
-        for t, bit in zip(sources, _BITS, strict=True)
+        for t, bit in zip(sources, BITS, strict=True)
     ]
     leaves = [None if t is None else t.requires_grad_() for t in leaves]
     given = [None if g is None else g.detach().requires_grad_() for g in cotangents]

@@ -20,6 +20,7 @@ from logitless.ops import layout
 
 __all__ = [
     "BIAS",
+    "BITS",
     "DENSE",
     "INPUT",
     "SCALE",
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 # Bits of `Call.gradients` and of `backward`'s `wanted`.
-INPUT, WEIGHT, BIAS, SCALE, DENSE = 1, 2, 4, 8, 16
+BITS = INPUT, WEIGHT, BIAS, SCALE, DENSE = (1, 2, 4, 8, 16)
 
 Tensor = torch.Tensor
 Optional = torch.Tensor | None

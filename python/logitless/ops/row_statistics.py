@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from logitless import _check, stats
 from logitless._check import Geometry
 from logitless._extras import torch
@@ -142,6 +140,7 @@ def compute(
         )
     dtype = inputs.compute_dtype(input)
     dense = _dense(request, geometry, input)
+    vectors = _vectors(request, geometry, input, dtype)
     ids = None
     if target is not None and geometry.targets:
         if ignore_index is None:
@@ -180,7 +179,6 @@ def compute(
         dtype=dtype,
         grad_buffer=inputs.grad_buffer(grad_buffer, linear_weight, dtype),
     )
-    vectors = _vectors(request, geometry, call, input)
     tensors = Tensors(input, linear_weight, linear_bias, scale, dense, ids, vectors)
     fields = autograd.statistics(call, tensors)
     names = [name for name, _, _ in call.fields]
@@ -196,28 +194,28 @@ def compute(
     )
 
 
-def _vectors(request: stats.Request, geometry: Geometry, call: Call, input: Tensor) -> Any:
+def _vectors(
+    request: stats.Request, geometry: Geometry, input: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """Class vectors as the engine takes them: (C, V), contiguous, in the accumulation dtype."""
-    vectors = request.vectors
+    vectors: Tensor | None = request.vectors
     if vectors is None:
         return None
-    _check_array("stats.weighted(c): c", vectors, input)
+    inputs.check_float_tensor("stats.weighted(c): c", vectors, input.device)
     _check.check_vectors(tuple(vectors.shape), geometry.classes)
     if vectors.requires_grad:
         raise _check.argument_error(
             "stats.weighted(c): c.requires_grad", True, "False: a constant", "use c.detach()"
         )
-    return vectors.reshape(-1, geometry.classes).to(call.accumulation).contiguous()
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    return vectors.reshape(-1, geometry.classes).to(wide).contiguous()
 
 
-def _dense(request: stats.Request, geometry: Geometry, input: Tensor) -> Any:
-    if request.dense is None:
+def _dense(request: stats.Request, geometry: Geometry, input: Tensor) -> Tensor | None:
+    dense: Tensor | None = request.dense
+    if dense is None:
         return None
-    _check_array("stats.dot(q): q", request.dense, input)
+    inputs.check_float_tensor("stats.dot(q): q", dense, input.device)
     expected = (*geometry.lead, geometry.classes, *geometry.positions)
-    _check.check_dense(tuple(request.dense.shape), expected)
-    return request.dense
-
-
-def _check_array(argument: str, array: object, input: Tensor) -> None:
-    inputs.check_float_tensor(argument, array, input.device)
+    _check.check_dense(tuple(dense.shape), expected)
+    return dense
