@@ -4,7 +4,8 @@ A linear head with N rows, D features and V classes never needs its N x V logits
 loss is a function of a few statistics of each row, and those are streamed.
 
 ``logitless.functional``, ``logitless.nn``, ``logitless.losses`` and ``logitless.spherical`` serve
-torch; ``logitless.numpy`` and ``logitless.cupy`` serve arrays; `row_statistics` and `row_loss` serve losses of your own.
+torch; ``logitless.numpy`` and ``logitless.cupy`` serve arrays; `row_statistics` and `row_loss`
+serve losses of your own.
 
 Importing this package imports neither torch nor NumPy, starts no thread and touches no driver:
 every public name below is loaded on first use.
@@ -19,8 +20,8 @@ from logitless._core import __version__ as __version__
 
 if TYPE_CHECKING:
     from logitless import functional, losses, nn, numpy, ops, spherical, stats, testing
-    from logitless._cuda import warmup
     from logitless._core import get_num_threads, set_num_threads
+    from logitless._cuda import warmup
     from logitless.accumulator import LogSumExp
     from logitless.losses._base import PerRow, row_loss
     from logitless.ops.row_statistics import RowStatistics, row_statistics
