@@ -170,7 +170,7 @@ def write_sample(run: Run, corpus: Corpus) -> str:
 
     prompt = torch.tensor(corpus.tokenizer.encode(PROMPT).ids, device=run.settings.device)
     with run.autocast():
-        tokens = run.body.generate(prompt, 100, temperature=0.7, seed=run.settings.seed)
+        tokens = run.body.generate(prompt, 100, temperature=0.9, seed=run.settings.seed)
     text: str = corpus.tokenizer.decode(tokens.tolist())
     return text
 
