@@ -138,7 +138,7 @@ impl Problem {
         let Some(ids) = &self.ids else { return Ok(()) };
         let columns = ids.shape()[1].max(1);
         // SAFETY: checked to be contiguous; the caller of the engine promised readable elements.
-        let ids = unsafe { std::slice::from_raw_parts(ids.pointer::<i64>(), ids.len()) };
+        let ids = unsafe { ids.slice::<i64>() };
         let wrong = |id: i64| !(0..classes as i64).contains(&id) && Some(id) != self.ignore_index;
         match ids.iter().position(|&id| wrong(id)) {
             Some(place) => Err(Error::Target { row: place / columns, value: ids[place], classes }),

@@ -23,7 +23,7 @@
 //!
 //! # Map
 //! [`Spec`] names statistics (`stats/`, a file each); [`plan`] sizes a call, `layout` cuts it up; `call` checks it and
-//! dispatches by element type and level (`level`, `kernel/`); `forward` and `backward` are the
+//! dispatches by element type and level (`level`, `kernel/`); `head` holds the operands, `forward` and `backward` are the
 //! engines, on the threads of `pool` and the memory of `scratch`.
 //!
 //! Results do not depend on the number of threads, to the last bit.
@@ -39,6 +39,7 @@ mod element;
 mod error;
 mod forward;
 mod gradient;
+mod head;
 mod kernel;
 mod layout;
 mod level;

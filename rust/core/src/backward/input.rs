@@ -1,7 +1,7 @@
 //! dE: features and panels of `dEᵀ[feature][32 rows] += Wᵀ dz`, cell after cell.
 
 use super::{Cell, Pass, write};
-use crate::forward::{Left, in_place};
+use crate::head::{Left, in_place};
 use crate::kernel::{Isa, Kernel, LANES, Product};
 
 /// A left operand with its steps: columns of `W`.

@@ -19,8 +19,8 @@ mod write;
 
 use crate::call::{Gradients, Problem};
 use crate::error::Result;
-use crate::forward::{Guard, Operands, in_place};
 use crate::gradient::{Point, Terms};
+use crate::head::{Guard, Operands, in_place};
 use crate::kernel::{Kernel, LANES};
 use crate::layout::{Backward, Sizes};
 use crate::plan::Plan;

@@ -2,8 +2,8 @@
 
 use super::{Cell, Pass, Space, write};
 use crate::element::Real;
-use crate::forward::{Left, in_place, left, products};
 use crate::gradient::{Coefficients, GradientTile};
+use crate::head::{Left, in_place, left, products};
 use crate::kernel::{Isa, Kernel, LANES, Product, Vectorize, prefetch};
 use crate::layout::depth;
 use crate::operands::{ClassVector, DensePanel};
