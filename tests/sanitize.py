@@ -1,0 +1,74 @@
+"""One small case of every CUDA path, for compute-sanitizer; not collected by pytest.
+
+    for tool in memcheck racecheck initcheck synccheck; do
+        compute-sanitizer --tool $tool --kernel-regex exclude:kns=at:: python tests/sanitize.py
+    done
+
+(The products alone, with their own reference: bench/kernels/sanitize.sh.)
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+import logitless
+import logitless.functional as LF
+from logitless import stats
+
+
+def tensor(*shape: int, dtype: Any = torch.float32) -> Any:
+    return torch.randn(*shape).to("cuda", dtype)
+
+
+def cross_entropy(dtype: Any, memory: str, features: int) -> None:
+    """Fused and stored: ignored rows, a target far off, an odd number of features and classes."""
+    e = tensor(70, features, dtype=dtype).requires_grad_()
+    w = tensor(301, features, dtype=dtype).requires_grad_()
+    b = tensor(301, dtype=dtype).requires_grad_()
+    y = torch.randint(301, (70,))
+    y[::5] = -100
+    y = y.cuda()
+    with torch.no_grad():
+        e[1] *= 60
+    loss = LF.linear_cross_entropy(e, w, y, linear_bias=b, ignore_index=-100, memory=memory)
+    loss.backward()
+
+
+def everything(dtype: Any) -> None:
+    """Tiled: every statistic, several targets."""
+    e = tensor(40, 40, dtype=dtype).requires_grad_()
+    w = tensor(2500, 40, dtype=dtype).requires_grad_()
+    ids = torch.randint(2500, (40, 3))
+    ids[3] = -100
+    ids = ids.cuda()
+    want = (
+        *("rest", "target", "entropy", "sum", "sum_sq", "variance", "max"),
+        stats.power_lse(2.0),
+        stats.weighted(tensor(2, 2500)),
+        stats.dot(tensor(40, 2500)),
+        stats.topk(4),
+    )
+    s = logitless.row_statistics(
+        e, w, ids, want=want, softcap=9.0, logit_scale=torch.tensor(0.7, device="cuda")
+    )
+    total = s.rest + s.entropy + s.sum + s.variance + s.max + s.dot + s.power_lse
+    (total.sum() + s.weighted_sum.sum() + s.weighted_mean.sum() + s.topk_values.sum()).backward()
+
+
+def main() -> None:
+    """Run every path once."""
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for memory in ("lean", "fast"):
+            for features in (64, 33):
+                cross_entropy(dtype, memory, features)
+        everything(dtype)
+    torch.cuda.synchronize()
+    print("every path ran", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
