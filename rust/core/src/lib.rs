@@ -22,9 +22,10 @@
 //! - **live** a row that is neither ignored nor without any cotangent.
 //!
 //! # Map
-//! [`Spec`] names statistics (`stats/`, a file each); [`plan`] sizes a call, `layout` cuts it up; `call` checks it and
-//! dispatches by element type and level (`level`, `kernel/`); `head` holds the operands, `forward` and `backward` are the
-//! engines, on the threads of `pool` and the memory of `scratch`.
+//! [`Spec`] names statistics (`stats/`, a file each); [`plan`] sizes a call, `layout` cuts it up;
+//! `call` checks it and dispatches by element type and level (`level`, `kernel/`); `head` holds its
+//! operands; `forward` and `backward` are the engines, on the threads of `pool` and the memory of
+//! `scratch`.
 //!
 //! Results do not depend on the number of threads, to the last bit.
 
