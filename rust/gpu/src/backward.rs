@@ -8,14 +8,15 @@
 
 use std::mem::offset_of;
 
-use logitless_core::{DType, Gradients, Problem, Spec, Tensor, wanted};
+use logitless_core::{DType, Gradients, Problem, Spec, Tensor};
 
-use crate::call::{Call, matrix, row_view, value, vector};
+use crate::call::{Call, check_gradients, matrix, row_view, value, vector};
 use crate::error::Result;
 use crate::forward::{check_store, check_workspace, logits};
 use crate::launch::{Stream, suffix};
+use crate::layout::{Arena, BackwardLayout, Geometry, padded, pitch};
 use crate::params::{self, Fields, RowList, RowView, Scalars};
-use crate::plan::{Arena, BackwardLayout, Geometry, Path, Plan, padded, pitch};
+use crate::plan::{Path, Plan};
 use crate::product::{Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
 use crate::stored::Stored;
 
@@ -105,52 +106,6 @@ pub unsafe fn backward(
 fn lend(call: &Call, d_input: &Tensor) -> Option<Matrix> {
     let lent = Matrix::packed(d_input.address(), call.dtype, call.features, call.features);
     (d_input.is_contiguous() && lent.describable()).then_some(lent)
-}
-
-fn check_gradients(call: &Call, gradients: &Gradients, accumulate_weight: bool) -> Result<()> {
-    let (either, acc) = ([call.dtype, call.acc], [call.acc]);
-    let mut bits = 0;
-    let mut check =
-        |bit, argument, tensor: Option<&Tensor>, shape: &[usize], dtypes: &[DType]| -> Result<()> {
-            let Some(tensor) = tensor else { return Ok(()) };
-            bits |= bit;
-            tensor.expect_dtype(argument, dtypes)?;
-            Ok(tensor.expect_shape(argument, shape)?)
-        };
-    let input = if gradients.accumulate_input { &acc[..] } else { &either };
-    let weight = if accumulate_weight { &acc[..] } else { &either };
-    check(wanted::INPUT, "d_input", gradients.input.as_ref(), call.problem.input.shape(), input)?;
-    check(
-        wanted::WEIGHT,
-        "d_weight",
-        gradients.weight.as_ref(),
-        &[call.classes, call.features],
-        weight,
-    )?;
-    check(wanted::BIAS, "d_bias", gradients.bias.as_ref(), &[call.classes], &either)?;
-    if let Some(scale) = &gradients.scale {
-        check(wanted::SCALE, "d_scale", Some(scale), scale.shape(), &acc)?;
-        scale.expect_len("d_scale", 1)?;
-    }
-    if let (Some(d_dense), Some(dense)) = (&gradients.dense, &call.problem.dense) {
-        check(
-            wanted::DENSE,
-            "d_dense",
-            Some(d_dense),
-            &[call.rows, call.classes],
-            &[dense.dtype(), call.acc],
-        )?;
-        d_dense.expect_contiguous("d_dense")?;
-    }
-    if bits & !call.plan.gradients != 0 {
-        let found = format!("gradients {:#b}", call.plan.gradients);
-        return Err(value(
-            "plan",
-            found,
-            format!("one made for the gradients {bits:#b} that are asked"),
-        ));
-    }
-    Ok(())
 }
 
 struct Backward<'a> {

@@ -1,11 +1,12 @@
 //! What a forward and a backward share: the checked problem in the kernels' terms.
 
-use logitless_core::{DType, Error, Problem, Spec, Tensor};
+use logitless_core::{DType, Error, Gradients, Problem, Spec, Tensor, wanted};
 
 use crate::error::Result;
 use crate::launch::{Stream, suffix};
+use crate::layout::{ListBuffers, padded};
 use crate::params::{self, AnyMatrix, Fields, RowList, RowView, Targets};
-use crate::plan::{ListBuffers, Plan, padded};
+use crate::plan::Plan;
 use crate::product::Matrix;
 
 /// A problem whose operands fit one another and the plan.
@@ -275,4 +276,55 @@ pub(crate) fn matrix(tensor: &Tensor) -> AnyMatrix {
 /// The error of an argument's value.
 pub(crate) fn value(argument: &'static str, value: String, expected: String) -> crate::Error {
     Error::Value { argument, value, expected }.into()
+}
+
+/// Checks what a backward is to write, and that its plan has room for it.
+pub(crate) fn check_gradients(
+    call: &Call,
+    gradients: &Gradients,
+    accumulate_weight: bool,
+) -> Result<()> {
+    let (either, acc) = ([call.dtype, call.acc], [call.acc]);
+    let mut bits = 0;
+    let mut check =
+        |bit, argument, tensor: Option<&Tensor>, shape: &[usize], dtypes: &[DType]| -> Result<()> {
+            let Some(tensor) = tensor else { return Ok(()) };
+            bits |= bit;
+            tensor.expect_dtype(argument, dtypes)?;
+            Ok(tensor.expect_shape(argument, shape)?)
+        };
+    let input = if gradients.accumulate_input { &acc[..] } else { &either };
+    let weight = if accumulate_weight { &acc[..] } else { &either };
+    check(wanted::INPUT, "d_input", gradients.input.as_ref(), call.problem.input.shape(), input)?;
+    check(
+        wanted::WEIGHT,
+        "d_weight",
+        gradients.weight.as_ref(),
+        &[call.classes, call.features],
+        weight,
+    )?;
+    check(wanted::BIAS, "d_bias", gradients.bias.as_ref(), &[call.classes], &either)?;
+    if let Some(scale) = &gradients.scale {
+        check(wanted::SCALE, "d_scale", Some(scale), scale.shape(), &acc)?;
+        scale.expect_len("d_scale", 1)?;
+    }
+    if let (Some(d_dense), Some(dense)) = (&gradients.dense, &call.problem.dense) {
+        check(
+            wanted::DENSE,
+            "d_dense",
+            Some(d_dense),
+            &[call.rows, call.classes],
+            &[dense.dtype(), call.acc],
+        )?;
+        d_dense.expect_contiguous("d_dense")?;
+    }
+    if bits & !call.plan.gradients != 0 {
+        let found = format!("gradients {:#b}", call.plan.gradients);
+        return Err(value(
+            "plan",
+            found,
+            format!("one made for the gradients {bits:#b} that are asked"),
+        ));
+    }
+    Ok(())
 }

@@ -5,10 +5,9 @@ use logitless_core::{DType, Problem, Spec, Tensor};
 use crate::call::{Call, value};
 use crate::error::Result;
 use crate::launch::{Stream, suffix};
+use crate::layout::{Arena, ForwardLayout, Geometry, ListBuffers, padded, pitch};
 use crate::params::{self, RowList};
-use crate::plan::{
-    Arena, ForwardLayout, Geometry, ListBuffers, Path, Plan, padded, partials, pitch,
-};
+use crate::plan::{Path, Plan, partials};
 use crate::product::{
     LogitMap, Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores,
 };

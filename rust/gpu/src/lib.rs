@@ -8,7 +8,7 @@
 //! # Map
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit ·
-//! `plan` sizes and memory · `forward`, `backward`, `stored` the compositions · `info` what there is.
+//! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored` the compositions · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
@@ -24,6 +24,7 @@ mod forward;
 mod images;
 mod info;
 mod launch;
+mod layout;
 mod params;
 mod plan;
 mod product;

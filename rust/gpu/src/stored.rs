@@ -10,10 +10,10 @@ use logitless_core::Gradients;
 use crate::call::{Call, row_view, value, vector};
 use crate::error::Result;
 use crate::forward::select;
-use crate::params::{self, Fields, RowList};
-use crate::plan::{
+use crate::layout::{
     Arena, Geometry, StoreLayout, StoredBackwardLayout, StoredForwardLayout, padded, pitch,
 };
+use crate::params::{self, Fields, RowList};
 use crate::product::{Choice, Matrix, Operands, Operation, choose, tensor_cores};
 
 /// Bytes of an accumulator.
