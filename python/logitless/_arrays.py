@@ -24,7 +24,8 @@ __all__ = [
     "Handle",
     "framework",
     "handle",
-    "torch_code", "torch_handle",
+    "torch_code",
+    "torch_handle",
 ]
 
 # Codes of the core: rust/core/src/tensor.rs.
@@ -101,4 +102,3 @@ def handle(array: Any) -> Handle:
         )
         raise ValueError(message)
     return (address, code, array.shape, tuple(stride // size for stride in array.strides))
-
