@@ -1,6 +1,6 @@
 """The table of a GPU: cross entropy beside the cuBLAS products that it contains.
 
-    python bench/cuda.py [--seconds 0.5] [--rounds 12] [--json FILE]
+    python bench/gpu.py [--seconds 0.5] [--rounds 12] [--json FILE]
 
 For each shape, in bf16: `mm` is torch.mm of E·Wᵀ, `gemms` that and the two products of the
 gradients. Each item is timed twice: *interleaved*, once a round in random order, the median of the
