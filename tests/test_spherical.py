@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
+import subprocess
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -161,37 +163,38 @@ def test_accumulate_equals_one_large_batch():
     torch.testing.assert_close(w.grad, 2 * whole[0], rtol=1e-11, atol=1e-12)
 
 
-def _rank(rank, world, path, results):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=world
-    )
-    h, w, _, ids, _ = problem(torch.float64, n=40)
-    part = slice(0, 10) if rank == 0 else slice(10, 40)
-    with spherical.accumulate(w) as collected:
-        losses.zloss(h[part], w, ids[part, 0], reduction="sum", route="gram").backward()
-    collected.all_reduce()
-    collected.write()
-    results[rank] = w.grad.numpy()
-    torch.distributed.destroy_process_group()
+RANK = """
+import sys
+from pathlib import Path
+import torch
+from logitless import losses, spherical
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
+)
+h, w, ids = torch.load(folder / "problem.pt")
+w.requires_grad_()
+part = slice(0, 10) if rank == 0 else slice(10, 40)
+with spherical.accumulate(w) as collected:
+    losses.zloss(h[part], w, ids[part, 0], reduction="sum", route="gram").backward()
+collected.all_reduce()
+collected.write()
+torch.save(w.grad, folder / f"{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_all_reduce_sends_the_parts(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        arguments = (2, str(tmp_path / "store"), results)
-        ranks = [context.Process(target=_rank, args=(r, *arguments)) for r in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-            assert process.exitcode == 0
-        first, second = results[0], results[1]
     h, w, _, ids, _ = problem(torch.float64, n=40)
+    torch.save((h.detach(), w.detach(), ids), tmp_path / "problem.pt")
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(r), str(tmp_path)]) for r in (0, 1)]
+    assert [process.wait(120) for process in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     loss = losses.zloss(h, w, ids[:, 0], reduction="sum", route="gram")
     (whole,) = torch.autograd.grad(loss, [w])
-    np.testing.assert_array_equal(first, second)
-    np.testing.assert_allclose(first, whole.numpy(), rtol=1e-11, atol=1e-12)
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, whole, rtol=1e-11, atol=1e-12)
 
 
 def test_refusals_name_the_remedy():

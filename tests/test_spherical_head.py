@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 
@@ -291,35 +293,42 @@ def test_topk_and_rank(loss):
         torch.testing.assert_close(head.log_prob(h, y), log_p.gather(1, y[:, None])[:, 0])
 
 
-def _rank(rank, world, path, results):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{path}", rank=rank, world_size=world
-    )
-    lonely, h, y = small(reduction="sum")
-    lonely(h, y).backward()
-    with pytest.raises(RuntimeError, match="process_group"):
-        lonely.step()
-    head, h, y = small(reduction="sum", process_group=torch.distributed.group.WORLD)
-    part = slice(0, 2) if rank == 0 else slice(2, 7)
-    head(h[part], y[part]).backward()
-    head.step()
-    results[rank] = head.weight().numpy()
-    torch.distributed.destroy_process_group()
+RANK = """
+import sys
+from pathlib import Path
+import pytest, torch
+from logitless.nn import SphericalHead
+
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2
+)
+w, h, y = torch.load(folder / "problem.pt")
+
+def make(**arguments):
+    head = SphericalHead(*w.shape, lr=0.5, reduction="sum", dtype=torch.float64, **arguments)
+    head.load_dense(w)
+    return head
+
+lonely = make()
+lonely(h, y).backward()
+with pytest.raises(RuntimeError, match="process_group"):
+    lonely.step()
+head = make(process_group=torch.distributed.group.WORLD)
+part = slice(0, 2) if rank == 0 else slice(2, 7)
+head(h[part], y[part]).backward()
+head.step()
+torch.save(head.weight(), folder / f"{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_ranks_share_a_step(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        arguments = (2, str(tmp_path / "store"), results)
-        ranks = [context.Process(target=_rank, args=(r, *arguments)) for r in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(120)
-            assert process.exitcode == 0
-        first, second = torch.from_numpy(results[0]), torch.from_numpy(results[1])
     head, h, y = small(reduction="sum")
+    torch.save((head.weight(), h, y), tmp_path / "problem.pt")
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(r), str(tmp_path)]) for r in (0, 1)]
+    assert [process.wait(120) for process in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     (head(h, y) / 2).backward()
     head.step()
     assert torch.equal(first, second)
