@@ -443,3 +443,17 @@ def test_small_calls_cost_little_python() -> None:
     finally:
         cross_entropy._CPU = original
     assert sorted(times)[len(times) // 2] < 120e-6  # twice the goal: shared machines are noisy
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"weight": torch.ones(6)}])
+def test_infinite_logits_give_what_torch_gives(value: float, options: dict[str, Any]) -> None:
+    input, weight, target = torch.randn(4, 3), torch.randn(6, 3), torch.tensor([0, 2, 2, 5])
+    bias = torch.zeros(6)
+    bias[2] = value
+    z = torch.nn.functional.linear(input, weight, bias)
+    expected = torch.nn.functional.cross_entropy(z, target, reduction="none", **options)
+    loss = LF.linear_cross_entropy(
+        input, weight, target, linear_bias=bias, reduction="none", **options
+    )
+    torch.testing.assert_close(loss, expected, equal_nan=True)

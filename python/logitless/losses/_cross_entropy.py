@@ -8,7 +8,7 @@ from logitless import stats
 from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.losses._reduce import masked
-from logitless.ops.elementwise import softplus
+from logitless.ops.elementwise import margin, softplus
 from logitless.ops.row_statistics import RowStatistics, compute
 
 __all__ = ["cross_entropy_rows"]
@@ -54,7 +54,7 @@ def cross_entropy_rows(
     elif s.several:
         losses = _sparse_rows(s, weight)
     else:
-        losses = softplus(s.rest - s.target)
+        losses = softplus(margin(s.rest, s.target))
         if weight is not None:
             class_weight = weight[torch.where(s.kept, s.target_ids, 0)]
             divisor = masked(class_weight, s.kept).sum()
@@ -100,4 +100,4 @@ def _sparse_rows(s: RowStatistics, weight: Tensor | None) -> Tensor:
     # An id of weight 0 may sit on a class of logit -inf; one of several may be all there is.
     counts = (q != 0) & (s.target != s.target_lse.unsqueeze(-1))
     within = (q * torch.where(counts, inside, 0.0)).sum(dim=-1)
-    return q.sum(dim=-1) * softplus(s.rest - s.target_lse) + within
+    return q.sum(dim=-1) * softplus(margin(s.rest, s.target_lse)) + within

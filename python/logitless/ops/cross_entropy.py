@@ -14,7 +14,7 @@ from logitless._arrays import torch_handle
 from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.ops import autograd, custom_ops, engine, inputs, layout
-from logitless.ops.elementwise import softplus
+from logitless.ops.elementwise import margin, softplus
 from logitless.ops.engine import Call, Tensors
 
 __all__ = ["applies", "cross_entropy", "row_losses"]
@@ -94,7 +94,7 @@ def cross_entropy(
 
 def row_losses(rest: Tensor, target: Tensor, z_loss_weight: float) -> Tensor:
     """Loss of each row in torch: log(1 + e^(rest - target)), and the squared log-sum-exp."""
-    losses = softplus(rest - target)
+    losses = softplus(margin(rest, target))
     if z_loss_weight:
         losses = losses + z_loss_weight * (losses + target).square()  # lse = loss + target
     return losses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from logitless._extras import torch
 
-__all__ = ["logaddexp", "logsigmoid", "logsumexp", "plogp", "softplus"]
+__all__ = ["logaddexp", "logsigmoid", "logsumexp", "margin", "plogp", "softplus"]
 
 Tensor = torch.Tensor
 
@@ -21,6 +21,11 @@ def softplus(x: Tensor) -> Tensor:
 def logsigmoid(x: Tensor) -> Tensor:
     """Return log(1 / (1 + e^-x)), right to x = 87 in float32."""
     return -softplus(-x)
+
+
+def margin(rest: Tensor, target: Tensor) -> Tensor:
+    """Return rest - target; nan with a logit of +inf, whose softmax is inf/inf, as in torch."""
+    return rest - target + 0.0 * torch.maximum(rest, target)
 
 
 def logaddexp(a: Tensor, b: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from logitless._extras import torch
-from logitless.ops.elementwise import logaddexp, logsigmoid, logsumexp, plogp
+from logitless.ops.elementwise import logaddexp, logsigmoid, logsumexp, margin, plogp, softplus
 from logitless.stats import Reading
 
 __all__ = ["RowStatistics"]
@@ -329,7 +329,7 @@ class RowStatistics:
 
     def _log_prob(self) -> Tensor:
         if not self._several:
-            return logsigmoid(self.target - self.rest)
+            return -softplus(margin(self.rest, self.target))
         return self._log_share() + logsigmoid(self.target_lse - self.rest).unsqueeze(-1)
 
     def _entropy(self, rest_entropy: Tensor) -> Tensor:

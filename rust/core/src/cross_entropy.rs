@@ -268,8 +268,14 @@ impl Row {
         self.rest.max(self.target) + (-(self.rest - self.target).abs()).exp().ln_1p()
     }
 
+    /// `rest - target`; nan with a logit of +inf, whose softmax is inf/inf, as in torch.
+    fn margin(self) -> f64 {
+        let infinite = self.rest == f64::INFINITY || self.target == f64::INFINITY;
+        if infinite { f64::NAN } else { self.rest - self.target }
+    }
+
     fn loss(self, z_weight: f64) -> f64 {
-        let d = self.rest - self.target;
+        let d = self.margin();
         // `max` drops a nan, the second term keeps it.
         let loss = d.max(0.0) + (-d.abs()).exp().ln_1p();
         if z_weight == 0.0 { loss } else { loss + z_weight * self.lse().powi(2) }
@@ -277,7 +283,7 @@ impl Row {
 
     /// Derivatives by `rest` and `target`.
     fn gradient(self, z_weight: f64) -> (f64, f64) {
-        let d = self.rest - self.target;
+        let d = self.margin();
         let (wrong, right) = (sigmoid(d), sigmoid(-d));
         if z_weight == 0.0 {
             return (wrong, -wrong);
@@ -318,7 +324,8 @@ mod tests {
         for row in [
             Row { rest: f64::NAN, target: 0.0 },
             Row { rest: 0.0, target: f64::NAN },
-            Row { rest: f64::INFINITY, target: f64::INFINITY },
+            Row { rest: f64::INFINITY, target: 0.0 },
+            Row { rest: 0.0, target: f64::INFINITY },
         ] {
             assert!(row.loss(0.0).is_nan() && row.gradient(0.0).0.is_nan());
         }
