@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.weak import WeakIdKeyDictionary
 
 from logitless._extras import torch
+from logitless.spherical.gather import gather_rows
 from logitless.spherical.structure import Structure
 
 _active: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -37,23 +38,10 @@ class Accumulator:
         rank ends with the same bits. Every rank of the group must call, with something collected.
         """
         parts = self._collected()
-        world = torch.distributed.get_world_size(group)
         torch.distributed.all_reduce(parts.multiplier, group=group)
         torch.distributed.all_reduce(parts.addend, group=group)
-        counts = [torch.zeros(1, dtype=torch.int64, device=parts.ids.device) for _ in range(world)]
-        mine = torch.tensor([parts.ids.shape[0]], device=parts.ids.device)
-        torch.distributed.all_gather(counts, mine, group=group)
-        lengths = [int(c) for c in counts]
-        longest = max(lengths)
-        ids = parts.ids.new_zeros(longest)
-        rows = parts.rows.new_zeros(longest, parts.rows.shape[1])
-        ids[: len(parts.ids)], rows[: len(parts.ids)] = parts.ids, parts.rows
-        all_ids = [torch.empty_like(ids) for _ in range(world)]
-        all_rows = [torch.empty_like(rows) for _ in range(world)]
-        torch.distributed.all_gather(all_ids, ids, group=group)
-        torch.distributed.all_gather(all_rows, rows, group=group)
-        parts.ids = torch.cat([t[:n] for t, n in zip(all_ids, lengths, strict=True)])
-        parts.rows = torch.cat([t[:n] for t, n in zip(all_rows, lengths, strict=True)])
+        parts.ids = gather_rows(parts.ids, group)
+        parts.rows = gather_rows(parts.rows, group)
 
     def write(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 from logitless._extras import torch
 from logitless.spherical.factored import FactoredMatrix
+from logitless.spherical.gather import gather_rows
 from logitless.spherical.updates import Gradient
 
 
@@ -65,7 +66,6 @@ def gather(record: Record, group: Any) -> Record:
 
     Moves n·(D + 2 + 2K) numbers a rank. Ranks may hold different numbers of rows, not different K.
     """
-    world = torch.distributed.get_world_size(group)
     packed = torch.cat(
         [
             record.features,
@@ -76,20 +76,12 @@ def gather(record: Record, group: Any) -> Record:
         ],
         1,
     )
-    counts = [torch.zeros(1, dtype=torch.int64, device=packed.device) for _ in range(world)]
-    mine = torch.tensor([packed.shape[0]], device=packed.device)
-    torch.distributed.all_gather(counts, mine, group=group)
-    lengths = [int(c) for c in counts]
-    padded = packed.new_zeros(max(lengths), packed.shape[1])
-    padded[: packed.shape[0]] = packed
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    torch.distributed.all_gather(parts, padded, group=group)
-    whole = torch.cat([p[:n] for p, n in zip(parts, lengths, strict=True)])
+    whole = gather_rows(packed, group)
     features, k = record.features.shape[1], record.ids.shape[1]
     columns = whole[:, features:]
     ids, target = columns[:, 2 : 2 + k].to(torch.int64), columns[:, 2 + k :]
     gathered = Record(whole[:, :features], columns[:, 0], columns[:, 1], ids, target)
-    return gathered.scaled(1.0 / world)
+    return gathered.scaled(1.0 / torch.distributed.get_world_size(group))
 
 
 def gradient(record: Record) -> Gradient:
