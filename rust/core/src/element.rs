@@ -239,3 +239,46 @@ real!(f64, product_f64, u64, 52, 1023,
     tanh: |s| horner::<f64, false, _>(s, [-9.643_991_794_250_522_386e-1, -9.928_772_310_019_185_866e1, -1.614_687_684_417_084_479e3])
         / horner::<f64, false, _>(s, [1.0, 1.128_116_784_916_329_314e2, 2.235_488_390_601_004_486e3, 4.844_063_053_251_254_86e3]),
     limit: 22.0);
+
+#[cfg(test)]
+mod tests {
+    use super::Real;
+
+    /// Largest |found − right| / |right|, over floats of both signs spread evenly by their bits.
+    fn worst(limit: f32, found: impl Fn(f32) -> f64, right: impl Fn(f64) -> f64) -> f64 {
+        (1e-6_f32.to_bits()..limit.to_bits())
+            .step_by(61)
+            .map(f32::from_bits)
+            .flat_map(|x| [x, -x])
+            .map(|x| ((found(x) - right(f64::from(x))) / right(f64::from(x))).abs())
+            .fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn exponentials_are_right_to_about_an_ulp() {
+        let single = f64::from(f32::EPSILON);
+        assert!(worst(87.0, |x| f64::from(Real::exp::<true>(x)), f64::exp) < single);
+        assert!(worst(87.0, |x| f64::from(Real::exp::<false>(x)), f64::exp) < single);
+        // Twice the unit: the reference rounds too.
+        let wide = |x| Real::exp::<true>(f64::from(x));
+        assert!(worst(700.0, wide, f64::exp) < 2.0 * f64::EPSILON);
+    }
+
+    #[test]
+    fn tangents_are_right_to_two_ulps() {
+        let single = f64::from(f32::EPSILON);
+        assert!(worst(40.0, |x| f64::from(Real::tanh::<true>(x)), f64::tanh) < 2.0 * single);
+        assert!(worst(40.0, |x| f64::from(Real::tanh::<false>(x)), f64::tanh) < 2.0 * single);
+        let wide = |x| Real::tanh::<true>(f64::from(x));
+        assert!(worst(40.0, wide, f64::tanh) < 4.0 * f64::EPSILON);
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_so() {
+        assert!(Real::exp::<true>(f32::NAN).is_nan() && Real::tanh::<true>(f64::NAN).is_nan());
+        assert_eq!(Real::exp::<true>(f32::NEG_INFINITY), 0.0);
+        assert_eq!(Real::exp::<true>(-750.0_f64), 0.0);
+        assert_eq!(Real::tanh::<true>(f32::INFINITY), 1.0);
+        assert_eq!(Real::tanh::<true>(f64::NEG_INFINITY), -1.0);
+    }
+}
