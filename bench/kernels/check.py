@@ -121,6 +121,8 @@ class Case:
         dtype = DTYPES[self.dtype]
         self.fields["alpha"] = torch.tensor([0.37], device=DEVICE)
         wanted = 0.37 * self.product
+        if self.operation.startswith("dw"):
+            wanted = wanted + self.class_targets()
         if self.operation.endswith("f32"):
             out = self.output(torch.float32)
             self.launch(out)
@@ -141,6 +143,32 @@ class Case:
         out = self.output(dtype)
         self.launch(out)
         self.result("result", out, wanted, ROUNDING[self.dtype])
+
+    def class_targets(self) -> Tensor:
+        """The targets' part of dW, from lists of 0, 1, a few and hundreds of rows a class."""
+        m, n, _ = self.extents
+        counts = torch.randint(0, 3, (m,), device=DEVICE)
+        counts[5::67] = torch.randint(8, 10, counts[5::67].shape, device=DEVICE)
+        counts[[7, 20, m - 1]] = torch.tensor([333, 64, 130], device=DEVICE)
+        start = torch.zeros(m + 1, device=DEVICE, dtype=torch.int32)
+        start[1:] = counts.cumsum(0)
+        entries = int(start[-1])
+        w = torch.randn(50, round_up(n, 8), device=DEVICE).to(DTYPES[self.dtype])
+        rows = torch.randint(0, 50, (entries,), device=DEVICE, dtype=torch.int32)
+        g = torch.randn(entries, device=DEVICE)
+        # Offsets count from the head of the lists: a chunk of classes starts anywhere in them.
+        lead = torch.full((40,), -(1 << 30), device=DEVICE, dtype=torch.int32)
+        self.fields.update(
+            onehot_w=w,
+            onehot_ld=w.stride(0),
+            onehot_g=torch.cat([torch.full((40,), math.nan, device=DEVICE), g]),
+            onehot_start=start + 40,
+            onehot_rows=torch.cat([lead, rows]),
+        )
+        classes = torch.repeat_interleave(torch.arange(m, device=DEVICE), counts)
+        hot = torch.zeros(m, 50, device=DEVICE, dtype=torch.float64)
+        hot.index_put_((classes, rows.long()), g.double(), accumulate=True)
+        return hot @ w.double()[:, :n]
 
     # -- logits ----------------------------------------------------------------------------------
     def logits(self) -> tuple[Tensor, Tensor]:

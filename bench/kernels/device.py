@@ -29,14 +29,14 @@ class Params(c.Structure):
         ("part_plane", c.c_int64),
         *((name, c.c_void_p) for name in ("gate", "onehot_w", "onehot_g")),
         ("onehot_ld", c.c_int64),
-        ("scale_at", c.c_void_p),
+        *((name, c.c_void_p) for name in ("onehot_start", "onehot_rows", "scale_at")),
         *((name, c.c_int) for name in INTEGERS),
         *((name, c.c_float) for name in ("scale", "softcap", "shift")),
         ("reserved", c.c_int),
     )
 
 
-assert c.sizeof(Params) == 200
+assert c.sizeof(Params) == 216
 
 
 class LaunchConfig(c.Structure):

@@ -24,9 +24,12 @@ struct GemmParams {
   float* part;          // statistics: planes of (tiles, ld_row) partials
   i64 part_plane;       // elements from one plane of partials to the next
   const int* gate;      // repair, store_exp: number of 256-row blocks to run, then their indices. null: every block
-  const void* onehot_w; // de: the whole weight (V, N), pitch onehot_ld, to add onehot_g[i] * W[target[i], :] in float
-  const float* onehot_g;
+  // The targets' part, added in float where it is given (epilogue/targets.cuh):
+  const void* onehot_w; // de: the whole weight (V, N), dw: the input (rows, N); pitch onehot_ld
+  const float* onehot_g;     // de: D[i] += onehot_g[i] * onehot_w[target[i]], for each row
   i64 onehot_ld;
+  const int* onehot_start;   // dw: (m + 1) D[c] += sum of onehot_g[e] * onehot_w[onehot_rows[e]] over the entries
+  const int* onehot_rows;    //     e from onehot_start[c] to onehot_start[c + 1]. null: nothing
   const float* scale_at; // device: logit_scale; null: `scale`
   int m, n, k;          // extents (upper bounds where count is given)
   int ld_row;           // pitch of per-row planes (part, coef), >= m
@@ -39,7 +42,7 @@ struct GemmParams {
   float shift;          // store_exp, gradient: probabilities below 2^(shift - 126) become 0; 0: off
   int reserved;
 };
-static_assert(sizeof(GemmParams) == 200, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(GemmParams) == 216, "mirror rust/gpu/src/params.rs");
 
 // -- shared pieces ---------------------------------------------------------------------------------------------------
 // Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).

@@ -26,6 +26,8 @@ pub struct Gemm {
     pub onehot_w: usize,
     pub onehot_g: usize,
     pub onehot_ld: i64,
+    pub onehot_start: usize,
+    pub onehot_rows: usize,
     pub scale_at: usize,
     pub m: i32,
     pub n: i32,
@@ -40,7 +42,7 @@ pub struct Gemm {
     pub shift: f32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<Gemm>() == 200);
+const _: () = assert!(size_of::<Gemm>() == 216);
 
 /// Rows of a tensor (outer, inner, features) of any strides.
 #[derive(Clone, Copy, Debug, Default)]

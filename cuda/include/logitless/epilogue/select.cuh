@@ -50,16 +50,16 @@ struct Operation<OP_GRADIENT, Map, kPanels>
     : OperationOf<GradientEpilogue<Map, true, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_LOGITS, Map, kPanels>
-    : OperationOf<FloatStoreEpilogue<Map, true, kPanels>, 0, 0> {};
+    : OperationOf<FloatStoreEpilogue<Map, true, NoTargets, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
-struct Operation<OP_DW, Map, kPanels> : OperationOf<HalfStoreEpilogue<false, kPanels>, 1, 1> {};
+struct Operation<OP_DW, Map, kPanels> : OperationOf<HalfStoreEpilogue<ClassTargets, kPanels>, 1, 1> {};
 template <class Map, int kPanels>
 struct Operation<OP_DW_F32, Map, kPanels>
-    : OperationOf<FloatStoreEpilogue<Map, false, kPanels>, 1, 1> {};
+    : OperationOf<FloatStoreEpilogue<Map, false, ClassTargets, kPanels>, 1, 1> {};
 template <class Map, int kPanels>
-struct Operation<OP_DE, Map, kPanels> : OperationOf<HalfStoreEpilogue<true, kPanels>, 0, 1> {};
+struct Operation<OP_DE, Map, kPanels> : OperationOf<HalfStoreEpilogue<RowTargets, kPanels>, 0, 1> {};
 template <class Map, int kPanels>
 struct Operation<OP_DE_F32, Map, kPanels>
-    : OperationOf<FloatStoreEpilogue<Map, false, kPanels>, 0, 1> {};
+    : OperationOf<FloatStoreEpilogue<Map, false, NoTargets, kPanels>, 0, 1> {};
 
 }  // namespace logitless

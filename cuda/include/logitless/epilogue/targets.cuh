@@ -1,0 +1,115 @@
+// targets.cuh - the targets' part of a gradient, added to the accumulators in float.
+//
+// Off its target a row's gradient of the logits is a probability; at it, it is the largest entry by
+// far. A product over half-precision gradients rounds that entry, and the scaled row beside it: dE
+// and dW then miss the floor of a 16-bit result (1.7e-3) by 40 to 70%. So the stored exponentials
+// are 0 at the target, and what belongs there is added here, once, from operands as they came:
+//   RowTargets     dE[i] += g[i] W[target[i]]               every row has one at most
+//   ClassTargets   dW[c] += sum of g[e] E[rows[e]]          the rows whose target is c, in a list
+// Sums are made in a fixed order, so the same input gives the same bits.
+#pragma once
+#include "logitless/epilogue/band.cuh"
+
+namespace logitless {
+
+struct NoTargets {
+  template <class Half, int kColumns>
+  static __device__ __forceinline__ void add(float (&)[kColumns / 2], const Band&) {}
+};
+
+// acc += g * row of onehot_w, one half of the band's rows. 4 bytes a load: the quad's lanes take 16
+// bytes of the row, and as many loads fly as registers hold.
+template <class Half, int kColumns>
+__device__ __forceinline__ void add_row(float (&acc)[kColumns / 2], const Band& band, int half,
+                                        i64 row, float g) {
+  const int column = band.my_column();
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; j++) {
+    if (column + 8 * j >= band.p.n) continue;
+    const float2 x = Half::pair(band.p.onehot_w, row * band.p.onehot_ld + column + 8 * j);
+    acc[4 * j + 2 * half] = fmaf(g, x.x, acc[4 * j + 2 * half]);
+    acc[4 * j + 2 * half + 1] = fmaf(g, x.y, acc[4 * j + 2 * half + 1]);
+  }
+}
+
+struct RowTargets {
+  template <class Half, int kColumns>
+  static __device__ __forceinline__ void add(float (&acc)[kColumns / 2], const Band& band) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int y = band.p.onehot_g && band.live(half)
+                        ? __ldg(band.p.target + band.my_row(half))
+                        : -1;
+      if (y >= 0)
+        add_row<Half, kColumns>(acc, band, half, y, __ldg(band.p.onehot_g + band.my_row(half)));
+    }
+  }
+};
+
+struct ClassTargets {
+  // Longer lists are summed by the whole warp: a frequent token has hundreds of rows, and one quad
+  // alone would take them at the pace of the L2's latency while the tile waits.
+  static constexpr int kLong = 8;
+  template <int kColumns>
+  static constexpr int kAtOnce = kColumns == 256 ? 4 : 8;  // entries; neither spills
+
+  // Lane (quad q, t) sums columns 8 (q + 8 i) + 2 t + {0, 1}: 128 bytes of a row a load of the warp.
+  // Then the quad of the band's row `owner` collects them.
+  template <class Half, int kColumns>
+  static __device__ __forceinline__ void add_long(float (&acc)[kColumns / 2], const Band& band,
+                                                  int owner) {
+    const GemmParams& p = band.p;
+    const int quad = band.lane >> 2, column = band.my_column() + 8 * quad;
+    const int* start = p.onehot_start + band.row + owner;
+    const int last = __ldg(start + 1);
+    float sum[kColumns / 32] = {};
+#pragma unroll kAtOnce<kColumns>
+    for (int e = __ldg(start); e < last; e++) {
+      const float g = __ldg(p.onehot_g + e);
+      const i64 at = __ldg(p.onehot_rows + e) * p.onehot_ld + column;
+#pragma unroll
+      for (int i = 0; i < kColumns / 64; i++) {
+        if (column + 64 * i >= p.n) continue;
+        const float2 x = Half::pair(p.onehot_w, at + 64 * i);
+        sum[2 * i] = fmaf(g, x.x, sum[2 * i]);
+        sum[2 * i + 1] = fmaf(g, x.y, sum[2 * i + 1]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns / 32; i++) {
+#pragma unroll
+      for (int q = 0; q < 8; q++) {
+        const float x = __shfl_sync(kFullWarp, sum[i], 4 * q + (band.lane & 3));
+        float* mine = acc + 4 * (q + 8 * (i / 2)) + i % 2;
+        mine[0] += owner == quad ? x : 0.f;
+        mine[2] += owner == quad + 8 ? x : 0.f;
+      }
+    }
+  }
+
+  template <class Half, int kColumns>
+  static __device__ __forceinline__ void add(float (&acc)[kColumns / 2], const Band& band) {
+    const GemmParams& p = band.p;
+    if (!p.onehot_start) return;
+    u32 waiting = 0;  // bit 4 * quad + half
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int* start = p.onehot_start + band.my_row(half);
+      int e = band.live(half) ? __ldg(start) : 0;
+      const int last = band.live(half) ? __ldg(start + 1) : 0;
+      const bool is_long = last - e > kLong;
+      waiting |= (__ballot_sync(kFullWarp, is_long) & 0x11111111u) << half;
+      if (is_long) continue;
+      for (; e < last; e++)
+        add_row<Half, kColumns>(acc, band, half, __ldg(p.onehot_rows + e), __ldg(p.onehot_g + e));
+    }
+#pragma unroll 1
+    while (waiting) {
+      const int bit = __ffs(waiting) - 1;
+      waiting &= waiting - 1;
+      add_long<Half, kColumns>(acc, band, bit / 4 + 8 * (bit & 1));
+    }
+  }
+};
+
+}  // namespace logitless
