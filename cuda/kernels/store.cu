@@ -1,4 +1,4 @@
-// store.cu - the row kernels of the stored mode: X = bf16(e^(z - reference)) is kept from the forward to the backward.
+// store.cu - the row kernels of the stored mode: X = bf16(e^(z - reference) dz/dx) is kept from the forward to the backward.
 //
 // A row's gradient of the logits is factor X off the target and g_target at it, with factor = g_rest e^(reference - rest).
 //   dE = scale (factor (X W) + g_target W[y])     the target's part in float, in the product's epilogue: X[y] is 0
@@ -7,6 +7,16 @@
 #include "logitless/statistics/rest.cuh"
 
 using namespace logitless;
+
+namespace {
+
+// dz/dx at a row's target: 1 - (z / softcap)^2.
+__device__ __forceinline__ float softcap_slope(const float* logits, i64 row, float softcap) {
+  const float u = softcap > 0.f ? logits[row] / softcap : 0.f;
+  return fmaf(-u, u, 1.f);
+}
+
+}  // namespace
 
 // One block of 256: flagged blocks in ascending order.
 extern "C" __global__ void __launch_bounds__(256) gate_blocks(const __grid_constant__ GateParams p) {
@@ -58,6 +68,7 @@ extern "C" __global__ void __launch_bounds__(256) store_factors(const __grid_con
     const bool valid = id >= 0 && id < p.targets.classes;
     factor = g == 0.f ? 0.f : reference == infinity() ? 0.f : g * expf(reference - p.rest[row]);
     at_target = p.g_target && valid ? p.g_target[row] : 0.f;
+    if (at_target != 0.f) at_target *= softcap_slope(p.logits, row, p.softcap);
     if (!valid) factor = not_a_number<float>();  // out of range (padding is not live): the row is nan, like its loss
     passed = factor;
     // X spans e^+-60 around the reference: past a ratio of e^80 the row's own part of dW is below the last digit.
@@ -125,3 +136,60 @@ __device__ __forceinline__ void unpack(const UnpackParams& p) {
 
 extern "C" __global__ void __launch_bounds__(256) unpack_rows_bf16(const __grid_constant__ UnpackParams p) { unpack<bf16>(p); }
 extern "C" __global__ void __launch_bounds__(256) unpack_rows_f32(const __grid_constant__ UnpackParams p) { unpack<float>(p); }
+
+// -- the frozen head ----------------------------------------------------------------------------------------------------
+// dE_i = scale (v_i sums_i + g_i W[y]), v_i = g_rest e^(reference - rest): one rounding. One block a row of the input.
+namespace {
+
+template <class T>
+__device__ __forceinline__ void frozen_rows(const FrozenParams& p) {
+  const i64 row = blockIdx.x;
+  const int slot = p.list.slots ? p.list.slots[row] : (int)row;
+  float v = 0.f, g = 0.f;
+  i64 id = 0;
+  if (slot >= 0) {
+    const float scale = p.scale_at ? *p.scale_at : p.scale, reference = p.reference[slot];
+    const float g_rest = p.g_rest ? p.g_rest[row] : 0.f, g_target = p.g_target ? p.g_target[row] : 0.f;
+    id = p.targets.ids[row];
+    if (id < 0 || id >= p.targets.classes) {  // out of range (padding has no slot): the row is nan, like its loss
+      v = not_a_number<float>();
+      id = 0;
+    } else {
+      if (g_rest != 0.f && reference != infinity()) v = scale * g_rest * expf(reference - p.rest[row]);
+      if (g_target != 0.f) g = scale * g_target * softcap_slope(p.logits, row, p.softcap);
+    }
+  }
+  T* out = const_cast<T*>(row_of<T>(p.out, row));
+  const float* sums = p.sums + (i64)max(slot, 0) * p.pitch;
+  const bf16* w = (const bf16*)p.weight + id * p.weight_pitch;
+  // Nothing is read that counts for nothing: 0 times an overflow would be nan.
+  auto value = [&](float sum, float weight) {
+    const float x = v != 0.f ? v * sum : 0.f;
+    return g != 0.f ? fmaf(g, weight, x) : x;
+  };
+  int d = threadIdx.x;
+  if (p.out.feature_stride == 1 && (u64)out % 16 == 0 && !p.accumulate) {
+    const int whole = p.features / 8;
+    for (int i = threadIdx.x; i < whole; i += blockDim.x) {
+      const float4 low = __ldg((const float4*)sums + 2 * i), high = __ldg((const float4*)sums + 2 * i + 1);
+      const uint4 weights = __ldg((const uint4*)w + i);
+      const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      __align__(16) T y[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) y[j] = Element<T>::from(value(x[j], widen(((const bf16*)&weights)[j])));
+#pragma unroll
+      for (int j = 0; j < (int)sizeof(T) / 2; j++) ((uint4*)out)[i * (sizeof(T) / 2) + j] = ((const uint4*)y)[j];
+    }
+    d += whole * 8;
+  }
+  for (; d < p.features; d += blockDim.x) {
+    T* at = out + d * p.out.feature_stride;
+    const float x = value(sums[d], widen(w[d]));
+    *at = Element<T>::from(p.accumulate ? widen(*at) + x : x);
+  }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256) frozen_rows_bf16(const __grid_constant__ FrozenParams p) { frozen_rows<bf16>(p); }
+extern "C" __global__ void __launch_bounds__(256) frozen_rows_f32(const __grid_constant__ FrozenParams p) { frozen_rows<float>(p); }

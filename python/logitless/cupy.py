@@ -144,8 +144,7 @@ class _Call:
             features,
             classes,
             CODES[dtype.name],
-            # The store of a forward keeps exponentials, which a softcap's slope cannot use.
-            -1 if self.softcap else check_memory(memory),
+            check_memory(memory),
             sum(GRADIENTS[name] for name in self.gradients),
             _CUDA.cuda_describable(handle(self.weight)),
             self.device,

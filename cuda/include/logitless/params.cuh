@@ -266,16 +266,16 @@ static_assert(sizeof(RepairParams) == 80, "mirror rust/gpu/src/params.rs");
 struct FactorParams {
   RowList list;
   Targets targets;
-  const float *rest, *g_rest, *g_target;  // (N): saved, cotangents or null
+  const float *rest, *logits, *g_rest, *g_target;  // (N): saved, logits of the targets; cotangents or null
   const float* reference;                 // (slots)
   float *factor;                          // X of slot i times this is its gradient of the logits off the target
   float *input_factor, *target_factor;    // the same times logit_scale, and g_target times logit_scale: dE
   float *ratio;                           // what X holds at the target while dW is made
   const float* scale_at;
-  float scale;
-  int padded;
+  float scale, softcap;
+  int padded, reserved;
 };
-static_assert(sizeof(FactorParams) == 144, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(FactorParams) == 160, "mirror rust/gpu/src/params.rs");
 
 // scale_rows: packed rows of the input times a factor, zero-filled like gather_rows.
 struct ScaleParams {
@@ -307,6 +307,24 @@ struct UnpackParams {
   int accumulate;
 };
 static_assert(sizeof(UnpackParams) == 96, "mirror rust/gpu/src/params.rs");
+
+// frozen_rows: the gradient of the input from the sums that the frozen head's forward kept.
+struct FrozenParams {
+  RowView out;
+  RowList list;
+  Targets targets;
+  const void* weight;    // bf16 (V, D), adjacent features
+  i64 weight_pitch;
+  const float *rest, *logits, *g_rest, *g_target;  // (N): saved, logits of the targets; cotangents or null
+  const float* reference;                 // (slots)
+  const float* sums;                      // (slots, pitch): of e^(z - reference) dz/dx W over the classes but the target
+  i64 pitch;
+  const float* scale_at;
+  float scale, softcap;
+  int features;
+  int accumulate;
+};
+static_assert(sizeof(FrozenParams) == 200, "mirror rust/gpu/src/params.rs");
 
 // -- tile.cu ---------------------------------------------------------------------------------------------------------
 // A tile of z (live rows, width) in accumulators: folded into each row's state, or turned into a tile of dz.

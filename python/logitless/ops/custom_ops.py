@@ -42,11 +42,13 @@ def needed(*tensors: Optional) -> bool:
 
 def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """Compute the core's fields through the custom op."""
-    outputs = torch.ops.logitless.row_statistics(*tensors, *_pack(call))
+    outputs = torch.ops.logitless.row_statistics(*tensors, *_pack(call, tensors.input.device))
     return tuple(outputs[: len(call.fields)])
 
 
-def _pack(call: Call) -> tuple[Any, ...]:
+def _pack(call: Call, device: torch.device) -> tuple[Any, ...]:
+    # A plan needs numbers and a traced shape may be symbolic: what lean would keep is made again.
+    memory = 0 if call.memory == -1 and engine.keeps_when_lean(call, device) else call.memory
     return (
         ",".join(call.core),
         list(call.powers),
@@ -55,7 +57,7 @@ def _pack(call: Call) -> tuple[Any, ...]:
         call.ignore_index,
         call.logit_scale,
         call.softcap,
-        call.memory,
+        memory,
         call.gradients,
         call.dtype,
     )

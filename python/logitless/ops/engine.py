@@ -31,6 +31,7 @@ __all__ = [
     "Tensors",
     "backward",
     "forward",
+    "keeps_when_lean",
     "store_bytes",
 ]
 
@@ -86,11 +87,18 @@ class Tensors(NamedTuple):
 
 
 def store_bytes(call: Call, device: torch.device, weight: Handle) -> int:
-    """Bytes that the forward keeps for the backward: 0 in lean mode and without gradients."""
-    if not call.gradients or call.memory == -1 or call.positions or call.rows == 0:
+    """Bytes that the forward keeps for the backward; 0 where there is nothing to plan."""
+    if not call.gradients or call.memory == 0 or call.positions or call.rows == 0:
+        return 0
+    if call.memory == -1 and not keeps_when_lean(call, device):
         return 0
     size: int = _plan(call, device, weight).store_bytes
     return size
+
+
+def keeps_when_lean(call: Call, device: torch.device) -> bool:
+    """Tell whether lean may keep something: on CUDA, sums for the gradient of the input alone."""
+    return call.gradients == INPUT and device.type == "cuda" and call.dtype is torch.bfloat16
 
 
 def forward(call: Call, tensors: Tensors) -> tuple[tuple[Tensor, ...], Optional]:
@@ -320,8 +328,7 @@ def _plan(call: Call, device: torch.device, weight: Handle) -> Any:
         weight[2][1],
         weight[2][0],
         torch_code(call.dtype),
-        # The store belongs to one head: a head with extra dimensions recomputes. So does a softcap
-        # on CUDA, whose store keeps exponentials and not logits.
-        -1 if call.positions or (call.softcap and device.type == "cuda") else call.memory,
+        # What is kept belongs to one head: one with extra dimensions recomputes.
+        0 if call.positions else call.memory,
         call.gradients,
     )

@@ -13,6 +13,7 @@ use logitless_core::{DType, Gradients, Problem, Spec, Tensor};
 use crate::call::{Call, check_gradients, matrix, row_view, value, vector};
 use crate::error::Result;
 use crate::forward::{check_store, check_workspace, logits};
+use crate::frozen;
 use crate::launch::{Stream, suffix};
 use crate::layout::{Arena, BackwardLayout, Geometry, padded, pitch};
 use crate::params::{self, Fields, RowList, RowView, Scalars};
@@ -53,6 +54,11 @@ pub unsafe fn backward(
     let g = Geometry::new(spec, plan, &stream.device.facts);
     let (fields, grad) =
         (call.fields(saved.iter().map(Some)), call.fields(cotangents.iter().map(Option::as_ref)));
+    if plan.frozen {
+        let store = check_store(store, plan)?;
+        // SAFETY: the caller's promise.
+        return unsafe { frozen::backward(&call, &g, gradients, fields, grad, store) };
+    }
     if plan.stored {
         let store = check_store(store, plan)?;
         let run = Stored { call: &call, g: &g, gradients, accumulate_weight, saved: fields, grad };

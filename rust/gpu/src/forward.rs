@@ -4,6 +4,7 @@ use logitless_core::{DType, Problem, Spec, Tensor};
 
 use crate::call::{Call, value};
 use crate::error::Result;
+use crate::frozen;
 use crate::launch::{Stream, suffix};
 use crate::layout::{Arena, ForwardLayout, Geometry, ListBuffers, padded, pitch};
 use crate::params::{self, RowList};
@@ -44,11 +45,12 @@ pub unsafe fn forward(
     if call.rows == 0 {
         return Ok(());
     }
-    if plan.stored {
+    if plan.stored || plan.frozen {
         let fields = call.fields(outputs.iter().map(Some));
-        let store = check_store(store, plan)?;
+        let (store, workspace) = (check_store(store, plan)?, workspace.address());
+        let run = if plan.frozen { frozen::forward } else { stored::forward };
         // SAFETY: the caller's promise.
-        return unsafe { stored::forward(&call, &g, fields, store, workspace.address()) };
+        return unsafe { run(&call, &g, fields, store, workspace) };
     }
     let mut arena = Arena::at(workspace.address());
     let layout = ForwardLayout::lay(&mut arena, &g, plan.chunks.0);

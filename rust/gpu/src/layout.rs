@@ -90,7 +90,7 @@ impl Geometry {
     }
 
     /// A packed copy of the input.
-    fn packed_bytes(&self) -> usize {
+    pub fn packed_bytes(&self) -> usize {
         padded(self.rows) * pitch(self.features, self.dtype) * self.dtype.size()
     }
 
@@ -119,7 +119,7 @@ pub(crate) struct ListBuffers {
 }
 
 impl ListBuffers {
-    fn lay(arena: &mut Arena, rows: usize) -> ListBuffers {
+    pub fn lay(arena: &mut Arena, rows: usize) -> ListBuffers {
         ListBuffers {
             rows: arena.take("rows", 4 * padded(rows)),
             slots: arena.take("rows", 4 * rows),

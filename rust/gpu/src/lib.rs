@@ -8,19 +8,21 @@
 //! # Map
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit ·
-//! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored` the compositions · `info` what there is.
+//! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored`, `frozen` the compositions · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
 //! *Tiled*: E Wᵀ writes a tile of logits, which row kernels fold or turn into gradients; it serves
 //! what the epilogues do not (several targets, powers, class vectors, dense targets, top-k, double).
 //! *Stored* is fused with the exponentials kept from forward to backward: three products, not four.
+//! *Frozen*: only the input's gradient is wanted, and the forward makes it but for factors: two.
 
 mod backward;
 mod call;
 mod driver;
 mod error;
 mod forward;
+mod frozen;
 mod images;
 mod info;
 mod launch;

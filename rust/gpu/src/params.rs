@@ -354,6 +354,7 @@ pub struct Factors {
     pub list: RowList,
     pub targets: Targets,
     pub rest: usize,
+    pub logits: usize,
     pub g_rest: usize,
     pub g_target: usize,
     pub reference: usize,
@@ -363,9 +364,11 @@ pub struct Factors {
     pub ratio: usize,
     pub scale_at: usize,
     pub scale: f32,
+    pub softcap: f32,
     pub padded: i32,
+    pub reserved: i32,
 }
-const _: () = assert!(size_of::<Factors>() == 144);
+const _: () = assert!(size_of::<Factors>() == 160);
 
 /// `scale_rows_bf16`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -403,6 +406,30 @@ pub struct Unpack {
     pub accumulate: i32,
 }
 const _: () = assert!(size_of::<Unpack>() == 96);
+
+/// `frozen_rows_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Frozen {
+    pub out: RowView,
+    pub list: RowList,
+    pub targets: Targets,
+    pub weight: usize,
+    pub weight_pitch: i64,
+    pub rest: usize,
+    pub logits: usize,
+    pub g_rest: usize,
+    pub g_target: usize,
+    pub reference: usize,
+    pub sums: usize,
+    pub pitch: i64,
+    pub scale_at: usize,
+    pub scale: f32,
+    pub softcap: f32,
+    pub features: i32,
+    pub accumulate: i32,
+}
+const _: () = assert!(size_of::<Frozen>() == 200);
 
 /// `tile_statistics_*` and `tile_gradient_*`.
 #[derive(Clone, Copy, Debug, Default)]

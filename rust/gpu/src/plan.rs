@@ -7,6 +7,7 @@ use logitless_core::{DType, Error as CallError, Memory, Spec, Tensor, wanted};
 
 use crate::driver::{self, Facts};
 use crate::error::Result;
+use crate::frozen;
 use crate::layout::{
     Arena, BackwardLayout, ForwardLayout, Geometry, StoreLayout, StoredBackwardLayout,
     StoredForwardLayout, padded,
@@ -42,7 +43,7 @@ pub struct Plan {
     pub store_bytes: usize,
     /// Named shares of the workspaces.
     pub parts: Vec<(&'static str, usize)>,
-    /// `stored`, `fused` or `tiled`.
+    /// `frozen`, `stored`, `fused` or `tiled`.
     pub mode: &'static str,
     /// Classes a chunk, forward and backward.
     pub chunks: (usize, usize),
@@ -51,6 +52,8 @@ pub struct Plan {
     pub(crate) gradients: u32,
     /// Exponentials are kept from the forward to the backward.
     pub(crate) stored: bool,
+    /// The forward makes the input's gradient but for factors.
+    pub(crate) frozen: bool,
 }
 
 /// Whether tensor-core kernels can read a weight in place; otherwise plans need `contiguous = false`.
@@ -131,9 +134,13 @@ pub(crate) fn plan_for(
         direct_weight: contiguous,
         gradients,
         stored: false,
+        frozen: false,
     };
     let g = Geometry::new(spec, &plan, facts);
 
+    if frozen::plan(&mut plan, &g, spec, memory, facts) {
+        return Ok(plan);
+    }
     if may_store(&g, spec, facts) {
         let mut arena = Arena::at(0);
         StoreLayout::lay(&mut arena, &g);
@@ -286,8 +293,9 @@ mod tests {
             let bytes =
                 |bit: u32, rows: usize| if gradients & bit != 0 { rows * 4096 * 2 } else { 0 };
             let outputs = bytes(1, 8192) + bytes(2, 128_256);
-            assert!(plan.backward_bytes <= (outputs / 4).max(256 << 20), "{plan:?}");
-            assert_eq!(plan.store_bytes, 0);
+            let held = plan.store_bytes + plan.backward_bytes;
+            assert!(held <= (outputs / 4).max(256 << 20), "{plan:?}");
+            assert_eq!(plan.store_bytes > 0, plan.frozen);
         }
     }
 

@@ -183,6 +183,30 @@ pub(crate) fn choose(
     m: usize,
     n: usize,
 ) -> Option<Choice> {
+    choose_among(facts, operation, dtype, mapped, m, n, |_| true)
+}
+
+/// The same among the kernels whose clusters cover 256 rows, which run listed blocks of so many.
+pub(crate) fn choose_gated(
+    facts: &Facts,
+    operation: Operation,
+    dtype: DType,
+    mapped: bool,
+    m: usize,
+    n: usize,
+) -> Option<Choice> {
+    choose_among(facts, operation, dtype, mapped, m, n, |tile| tile.m * tile.cluster == 256)
+}
+
+fn choose_among(
+    facts: &Facts,
+    operation: Operation,
+    dtype: DType,
+    mapped: bool,
+    m: usize,
+    n: usize,
+    fits: impl Fn(&Tile) -> bool,
+) -> Option<Choice> {
     if dtype == DType::F64 {
         return None;
     }
@@ -196,7 +220,7 @@ pub(crate) fn choose(
         maps.iter().find_map(|map| {
             let choices = TILES.iter().filter_map(|tile| {
                 let name = format!("{}_{}{map}_{tile}", operation.name(), suffix(dtype));
-                images::tile(&name, facts).map(|tile| Choice { name, tile })
+                images::tile(&name, facts).filter(&fits).map(|tile| Choice { name, tile })
             });
             choices.min_by(|a, b| a.cost(facts, m, n).total_cmp(&b.cost(facts, m, n)))
         })

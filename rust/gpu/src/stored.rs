@@ -37,11 +37,6 @@ pub(crate) unsafe fn forward(
     store: usize,
     workspace: usize,
 ) -> Result<()> {
-    if call.problem.softcap > 0.0 {
-        let expected =
-            "0 with stored exponentials: make the plan of a softcap with memory=-1".into();
-        return Err(value("softcap", call.problem.softcap.to_string(), expected));
-    }
     let store = StoreLayout::lay(&mut Arena::at(store), g);
     let layout = StoredForwardLayout::lay(&mut Arena::at(workspace), g);
     let (rows, blocks) = (call.rows, call.rows.div_ceil(256));
@@ -71,6 +66,7 @@ pub(crate) unsafe fn forward(
             ld_row: ld_row as i32,
             scale: call.problem.logit_scale as f32,
             scale_at: call.scale_at,
+            softcap: call.problem.softcap as f32,
             ..params::Gemm::default()
         };
         let store_exp = kernel(call, Operation::StoreExp, rows, call.classes);
@@ -166,6 +162,7 @@ impl Stored<'_> {
             list,
             targets: call.targets(),
             rest: self.saved.rest,
+            logits: self.saved.target,
             g_rest: self.grad.rest,
             g_target: self.grad.target,
             reference: store.reference,
@@ -175,7 +172,9 @@ impl Stored<'_> {
             ratio: layout.ratio,
             scale: call.problem.logit_scale as f32,
             scale_at: call.scale_at,
+            softcap: call.problem.softcap as f32,
             padded: rows as i32,
+            reserved: 0,
         };
         // SAFETY: buffers of the layouts.
         unsafe { call.stream.launch("store_factors", (rows.div_ceil(256), 1), 256, 0, &params) }

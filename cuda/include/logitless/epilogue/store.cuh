@@ -44,7 +44,7 @@ struct HalfStoreEpilogue {
 template <class Map, bool kMapped, class Targets, int kStorePanels>
 struct FloatStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
-  static constexpr bool kGated = false;
+  static constexpr bool kGated = !kMapped;  // the frozen head's repair: de_f32
   static constexpr bool kRolled = false;
 
   template <int kColumns, class Store>

@@ -4,8 +4,8 @@
 // The reference is the row's target logit (GemmParams.ref), known before the product from a
 // row-times-row dot: what is stored needs no rescaling later, only a factor a row. With t = z -
 // ref, over the classes other than the target:
-//   D         X = half(e^t), 0 at the target; entries below 2^(shift - 126) are stored as 0 (the
-//             sums keep them)
+//   D         X = half(e^t dz/dx), 0 at the target; e^t below 2^(shift - 126) is stored as 0 (the
+//             sums keep it). dz/dx is 1 but under a softcap
 //   plane 0   sum of e^t, per row and class block
 // A row that counts for nothing has ref = +inf: every exponential is 0 without a branch. The sum
 // leaves the range of a float where the rest lies about 88 nats above or below the target; whoever
@@ -32,6 +32,7 @@ struct StoreExpEpilogue {
     const float offset[2] = {-kLog2e * band.scalar(band.p.ref, 0, infinity()),
                              -kLog2e * band.scalar(band.p.ref, 1, infinity())};
     const float smallest = band.p.shift > 0.f ? ptx::exp2(band.p.shift - 126.f) : 0.f;
+    const float inverse = Map::kCapped && band.p.softcap != 0.f ? 1.f / band.p.softcap : 0.f;
     float sum[2] = {0.f, 0.f};
 #pragma unroll
     for (int panel = 0; panel < kColumns / 64; panel++) {
@@ -45,7 +46,8 @@ struct StoreExpEpilogue {
           float e = ptx::exp2(fmaf(acc[at], factor, offset[half]));
           if (kCareful) e = ex.is_rest(at) ? e : 0.f;
           sum[half] += e;
-          v[i] = e >= smallest ? e : 0.f;
+          const float x = Map::kCapped ? e * Map::slope(acc[at], inverse) : e;
+          v[i] = e >= smallest ? x : 0.f;
         }
         store.put(q, v);
       }
