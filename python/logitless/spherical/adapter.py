@@ -47,12 +47,15 @@ class SphericalOptimizer(torch.optim.Optimizer):
                 result = closure()
         scale = getattr(self, "grad_scale", None)
         self.head.lr = self.param_groups[0]["lr"]
-        try:
-            self.head.step(1.0 if scale is None else float(scale))
-        except FloatingPointError:
-            if scale is None:  # a scaler expects the step to be skipped
-                raise
-        return result
+        while True:
+            try:
+                self.head.step(1.0 if scale is None else scale)
+            except FloatingPointError:
+                if scale is None:
+                    raise
+                # A scaler expects the step to be skipped. What raised may be an earlier one.
+                continue
+            return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001
         """Forget what backward has recorded."""

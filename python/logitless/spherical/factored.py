@@ -1,270 +1,339 @@
-"""W = A U + 1 ωᵀ: a tall matrix that right multiplications never visit.
+"""W = A U + 1 ωᵀ and a few rows of its own: a tall matrix that right multiplications never visit.
 
 Every exact update of a spherical head is a right multiplication of the whole matrix, one row vector
 added to every row, and a few rows of its own (Vincent, de Brébisson, Bouthillier 2015). Keeping the
-matrix in two factors moves the first two into D×D and D-sized state, so that a step touches the V×D
-factor only in the rows of the batch's targets.
+matrix in two factors moves the first two into P×P and P-sized state.
 
-Products of many contractions would drive U towards singularity. Row v therefore remembers the
-*epoch* in which its factor was last written; when U becomes ill-conditioned the epoch is closed:
-the affine map of every live epoch absorbs U, and U starts again from the identity. A row is brought
-to the current epoch when it is next written. Nothing of size V is swept until ``max_epochs`` maps
-are alive, when one product re-bases all rows.
+The published form writes the rows into A, for which it must multiply them by U⁻¹: it fails where
+a step is singular, and drifts where U becomes ill-conditioned. Here rows that were a target in the
+current epoch are *hot*: kept as they are and updated with U, ω and w̄, as rows of one array. After
+some steps the epoch closes: hot rows are written to A as they stand, the map (U, ω) is composed
+into those of earlier epochs (see `epochs`), and U starts again from the identity. Nothing is
+inverted, any step is exact, and no decision needs a number from the device.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 from logitless._extras import torch
+from logitless.spherical.epochs import BLOCK, COLD, Epoch, Epochs
 
-# cond₁(U) past which an epoch is closed. The factor's rows then lose at most this many units of
-# round-off; measured drift is flat from 8 to 1000, and a larger limit saves epochs.
-CONDITION_LIMIT = 128.0
-# A step with cond₁(U K) past this, relative to the state's precision, is singular for our purpose.
-SINGULAR_CONDITION = 1e12
-
-
-_STATE = ("factor", "mix", "shift", "gram", "column_sum", "stamp", "maps", "offsets")
-
-
-class SingularStepError(RuntimeError):
-    """A step would make the factored matrix singular; the state was left untouched."""
-
-
-@dataclass(frozen=True)
-class RightMultiplication:
-    """The matrix K = c·I + Lᵀ R, or any dense K: what a step multiplies W by from the right.
-
-    Parameters
-    ----------
-    scale
-        The factor c of the identity.
-    left, right
-        (r, P) factors of the low-rank part; absent for a pure scaling or a dense K.
-    dense
-        A (P, P) matrix that replaces all of the above.
-    """
-
-    scale: torch.Tensor | float = 1.0
-    left: torch.Tensor | None = None
-    right: torch.Tensor | None = None
-    dense: torch.Tensor | None = None
-
-    def apply(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (n, P) times K."""
-        if self.dense is not None:
-            return rows @ self.dense
-        out = rows * self.scale
-        if self.left is not None and self.right is not None:
-            out = torch.addmm(out, rows @ self.left.T, self.right)
-        return out
-
-    def congruence(self, gram: torch.Tensor) -> torch.Tensor:
-        """Kᵀ Q K for a symmetric Q, in O(r P²) when K is low-rank; exactly symmetric."""
-        if self.dense is not None:
-            out = self.dense.T @ gram @ self.dense
-            return 0.5 * (out + out.T)
-        out = gram * (self.scale * self.scale)
-        if self.left is not None and self.right is not None:
-            product = self.left @ gram
-            half = product * self.scale + 0.5 * ((product @ self.left.T) @ self.right)
-            update = self.right.T @ half
-            out = out + update + update.T
-        return out
-
-
-def condition(lu: torch.Tensor, pivots: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Hager's estimate of cond₁(matrix) from its LU factors: a few triangular solves, no inverse.
-
-    Source: W. W. Hager, "Condition estimates", SIAM J. Sci. Stat. Comput. 5 (1984); never above the
-    true value, nearly always within a factor of 3 of it.
-    """
-    size = matrix.shape[0]
-    x = torch.full((size, 1), 1.0 / size, dtype=matrix.dtype, device=matrix.device)
-    best = torch.zeros((), dtype=matrix.dtype, device=matrix.device)
-    for _ in range(4):
-        y = torch.linalg.lu_solve(lu, pivots, x)
-        best = torch.maximum(best, y.abs().sum().nan_to_num(nan=torch.inf))
-        gradient = torch.linalg.lu_solve(lu, pivots, y.sign(), adjoint=True)
-        x = torch.nn.functional.one_hot(gradient.abs().argmax(), size).to(x.dtype)[:, None]
-    return best * matrix.abs().sum(0).max()
+# Hot rows are bounded in number so that updating them costs about what closing an epoch does, but
+# an epoch holds at least this many steps where that takes few rows: closing is many small kernels.
+STEPS = 8
+FEW_ROWS = 4096
 
 
 class FactoredMatrix:
     """A (V, P) matrix in factored form, with its Gram matrix and column sums kept up to date.
 
+    Parameters
+    ----------
+    storage
+        (V + 1, P): the matrix and a last row that stands in where nothing is to be written. Kept.
+
     Attributes
     ----------
-    factor : Tensor
-        A, (V, P), the only large array; fp32 by default.
-    mix, shift : Tensor
-        U (P, P) and ω (P,), float64.
-    gram, column_sum : Tensor
-        Q = WᵀW (P, P) and w̄ = Wᵀ1 (P,), float64.
-    stamp : Tensor
-        (V,) int32: the index into ``maps`` of the epoch in which each row's factor was written.
-    maps, offsets : Tensor
-        (J, P, P) and (J, P): the affine map from the start of each live epoch to the start of the
-        current one, which is the last and the identity.
+    stack : Tensor
+        (P + 3 + C, P) float64, the rows that every step rewrites: U, ω, w̄ = Wᵀ1, a hot row that
+        stands in for nothing, and C hot rows.
+    hot_ids : Tensor
+        (C + 1,) int64: the classes of the hot rows; V where there is none.
+    place : Tensor
+        (V + 1,) int32: the number of a class's hot row, or `COLD` + the slot of its epoch.
+    cursor : Tensor
+        0-d int32: the next free hot row.
+    gram : Tensor
+        Q = WᵀW, (P, P) float64.
     """
 
-    def __init__(self, weight: torch.Tensor, *, max_epochs: int = 32) -> None:
-        self.max_epochs, self.rebases = max_epochs, 0
-        self.load(weight)
-
-    def load(self, weight: torch.Tensor) -> None:
-        """Start over from a dense (V, P) matrix, which is kept: A = W, U = I, one epoch."""
-        device = weight.device
-        self.factor = weight.detach().contiguous()
-        self.mix = torch.eye(weight.shape[1], dtype=torch.float64, device=device)
-        self.shift = torch.zeros_like(self.mix[0])
-        self.stamp = torch.zeros(weight.shape[0], dtype=torch.int32, device=device)
-        self.maps, self.offsets = self.mix[None].clone(), self.shift[None].clone()
-        self.gram, self.column_sum = gram_and_sum(self.factor)
+    def __init__(self, storage: torch.Tensor) -> None:
+        self.storage = storage
+        classes, width = storage.shape[0] - 1, storage.shape[1]
+        device = storage.device
+        self.place = torch.empty(classes + 1, dtype=torch.int32, device=device)
+        self.epochs = Epochs(self.place, width)
+        self.cursor = torch.zeros((), dtype=torch.int32, device=device)
+        self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        # Rows that one replay of the captured graphs takes; whether a graph holds our buffers.
+        self.sweeps, self.captured, self.pinned = 0, 0, False
+        # Counts what changes W, so that a backward can tell that its forward is out of date.
+        self.version = 0
+        self._allocate(0)
+        self.refresh()
 
     @property
-    def epochs(self) -> int:
-        """Number of live epochs."""
-        return len(self.maps)
+    def classes(self) -> int:
+        """V."""
+        return self.storage.shape[0] - 1
+
+    @property
+    def width(self) -> int:
+        """P."""
+        return self.storage.shape[1]
+
+    @property
+    def factor(self) -> torch.Tensor:
+        """A, (V, P)."""
+        return self.storage[:-1]
+
+    @property
+    def mix(self) -> torch.Tensor:
+        """U, (P, P)."""
+        return self.stack[: self.width]
+
+    @property
+    def shift(self) -> torch.Tensor:
+        """The vector ω, (P,)."""
+        return self.stack[self.width]
+
+    @property
+    def column_sum(self) -> torch.Tensor:
+        """The vector w̄, (P,)."""
+        return self.stack[self.width + 1]
+
+    @property
+    def hot(self) -> torch.Tensor:
+        """Hot rows, (C + 1, P); the first stands in for nothing."""
+        return self.stack[self.width + 2 :]
+
+    @property
+    def capacity(self) -> int:
+        """C."""
+        return self.hot_ids.shape[0] - 1
+
+    # ------------------------------------------------------------------ reading
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """W[ids] in float64: (n,) ids to (n, P)."""
-        return self._current(ids) @ self.mix + self.shift
+        """W[ids] in float64: (n,) int64 ids, V for none, to (n, P)."""
+        place = self.place[ids]
+        hot = place < COLD
+        stored = self.storage[ids].to(torch.float64)
+        epoch = torch.where(hot, 0, place - COLD)
+        self.pinned |= capturing(stored)
+        stored = self.epochs.bring(stored, epoch, every=capturing(stored))
+        cold = torch.addmm(self.shift, stored, self.mix)
+        return torch.where(hot[:, None], self.hot[torch.where(hot, place, 0)], cold)
 
     def dense(self) -> torch.Tensor:
         """The whole (V, P) matrix in the factor's dtype, block by block."""
         out = torch.empty_like(self.factor)
-        for start in range(0, out.shape[0], 1 << 14):
-            ids = torch.arange(start, min(start + (1 << 14), out.shape[0]), device=out.device)
+        for start in range(0, out.shape[0], BLOCK):
+            ids = torch.arange(start, min(start + BLOCK, out.shape[0]), device=out.device)
             out[ids] = self.rows(ids).to(out.dtype)
         return out
 
-    def step(
-        self,
-        multiply: RightMultiplication,
-        add: torch.Tensor | None,
-        ids: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> None:
-        """W ← W K + 1 addᵀ, then W[ids] += rows.
+    # ------------------------------------------------------------------ writing
 
-        Parameters
-        ----------
-        multiply
-            K.
-        add
-            (P,) float64, added to every row; or None.
-        ids
-            (n,) int64, distinct.
-        rows
-            (n, P) float64.
+    def reserve(self, count: int) -> None:
+        """Make room for a step with ``count`` targets; what the host knows decides."""
+        if capturing(self.stack):
+            self.captured += count
+            self.pinned = True
+            if self.filled + self.captured > self.capacity:
+                raise RuntimeError(
+                    f"SphericalHead.step in a CUDA graph: room for {self.capacity} target rows, "
+                    f"of which {self.filled} are taken and the graph needs {self.captured}; take "
+                    "one step of this batch size before the capture, and capture fewer steps"
+                )
+            return
+        if self.filled + count > self.capacity:
+            self.close()
+        if count > self.capacity:
+            if self.pinned:
+                raise RuntimeError(
+                    f"SphericalHead.step: {count} target rows, but a captured graph holds the "
+                    f"buffers for {self.capacity}; take a step of the largest batch first"
+                )
+            self._allocate(self._suitable(count))
 
-        Raises
-        ------
-        SingularStepError
-            If K is singular to working precision. Nothing was changed.
+    def claim(self, ids: torch.Tensor, rows: torch.Tensor, ok: torch.Tensor) -> torch.Tensor:
+        """Make classes hot: (m,) ids, V for none, and their rows W[ids]; their hot rows' numbers.
+
+        Nothing happens unless ``ok`` (0-d bool). Of equal ids the first decides.
         """
-        mix = multiply.apply(self.mix)
-        lu, pivots, info = torch.linalg.lu_factor_ex(mix)
-        estimate = condition(lu, pivots, mix)
-        if int(info) != 0 or not float(estimate) < SINGULAR_CONDITION:
-            raise SingularStepError(
-                f"the step multiplies the weight by a singular matrix (condition estimate "
-                f"{float(estimate):.1e}, limit {SINGULAR_CONDITION:.0e}): an eigenvalue of "
-                "learning rate × input Gram matrix is at 1; lower the learning rate or set "
-                "clip_norm. The weight was left as it was."
-            )
-        before = self.rows(ids)
-        current = self._current(ids)
-        vocabulary = self.factor.shape[0]
-        moved = multiply.apply(before)
-        gram = multiply.congruence(self.gram)
-        column_sum = multiply.apply(self.column_sum[None])[0]
-        self.shift = multiply.apply(self.shift[None])[0]
-        if add is not None:
-            cross = torch.outer(column_sum, add)
-            gram = gram + cross + cross.T + vocabulary * torch.outer(add, add)
-            column_sum = column_sum + vocabulary * add
-            self.shift = self.shift + add
-            moved = moved + add
-        cross = moved.T @ rows
-        self.gram = gram + cross + cross.T + rows.T @ rows
-        self.column_sum = column_sum + rows.sum(0)
-        self.mix = mix
-        delta = torch.linalg.lu_solve(lu, pivots, rows, left=False)
-        self.factor[ids] = (current + delta).to(self.factor.dtype)
-        self.stamp[ids] = self.epochs - 1
-        if float(estimate) > CONDITION_LIMIT:
-            self._close_epoch()
+        count = ids.shape[0]
+        number = self.cursor + 1 + torch.arange(count, dtype=torch.int32, device=ids.device)
+        number = torch.where(ok & (ids < self.classes), number, 2 * COLD - 1)
+        # Hot rows have lower numbers and stay; a minimum of integers is the same in any order.
+        self.place.scatter_reduce_(0, ids, number, "amin")
+        found = self.place[ids]
+        first = torch.where(found == number, found, 0)
+        self.hot[first] = rows
+        self.hot_ids[first] = torch.where(first > 0, ids, self.classes)
+        self.cursor += torch.where(ok, count, 0).to(torch.int32)
+        return torch.where(found < COLD, found, 0)
 
-    def condition(self) -> float:
-        """Estimate of cond₁(U): bounded by the limit at which an epoch is closed."""
-        lu, pivots, _ = torch.linalg.lu_factor_ex(self.mix)
-        return float(condition(lu, pivots, self.mix))
+    def room(self, count: int) -> torch.Tensor:
+        """Whether the device has as many hot rows left (0-d bool); replays may use them up."""
+        return self.cursor + count <= self.capacity
+
+    def used(self, count: int) -> torch.Tensor:
+        """The rows of ``stack`` that a step with ``count`` targets must update: a view."""
+        if self.captured or capturing(self.stack):
+            return self.stack
+        return self.stack[: self.width + 3 + self.filled + count]
+
+    def taken(self, count: int) -> None:
+        """Tell that a step with ``count`` targets was taken; close the epoch if it is full."""
+        self.version += 1
+        if not capturing(self.stack):
+            self.filled += count
+            if self.filled + max(count, self.captured) > self.capacity:
+                self.close()
+
+    def close(self) -> None:
+        """Write the hot rows to A and begin an epoch."""
+        if self.filled == 0 and not self.captured:
+            return
+        count = self.capacity + 1 if self.captured else self.filled + 1
+        ids = self.hot_ids[:count].clone()
+        if not ids.is_cuda:
+            ids = ids[ids < self.classes]
+        self.storage[self.hot_ids[:count]] = self.hot[:count].to(self.storage.dtype)
+        swept = self.epochs.advance(self.storage, self.mix, self.shift, ids)
+        self._begin()
+        if swept:
+            self.refresh()
+            self.sweeps += 1
 
     def consolidate(self) -> None:
-        """Fold the live epochs into the factor: one map serves all rows; 2VP² flops."""
-        if self.epochs > 1:
-            self._rebase()
+        """Bring every row up to date, so that A is the matrix itself; 2VP² flops."""
+        self.close()
+        if len(self.epochs.live) > 1:
+            self.epochs.sweep(self.storage)
+            self.refresh()
+            self.sweeps += 1
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def replayed(self, times: int) -> None:
+        """Tell that the captured steps were taken ``times`` times."""
+        self.filled += times * self.captured
+        self.version += 1
+        if self.filled + self.captured > self.capacity:
+            self.close()
+
+    def restart(self) -> None:
+        """Start over from what A holds now."""
+        self.version += 1
+        self.epochs.restart()
+        self._begin()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute Q and w̄ from A, which must be the matrix itself."""
+        self.gram.zero_()
+        self.column_sum.zero_()
+        for start in range(0, self.classes, BLOCK):
+            rows = self.factor[start : start + BLOCK].to(torch.float64)
+            self.gram.addmm_(rows.T, rows)
+            self.column_sum.add_(rows.sum(0))
+
+    # ------------------------------------------------------------------ keeping
+
+    def state(self) -> dict[str, Any]:
         """Copies of everything, by name."""
-        return {name: getattr(self, name).clone() for name in _STATE}
+        tensors = {name: getattr(self, name).clone() for name in _STATE}
+        epochs = self.epochs
+        return {
+            **tensors,
+            "maps": epochs.maps.clone(),
+            "offsets": epochs.offsets.clone(),
+            "epochs": [
+                (e.slot, e.level, None if e.ids is None else e.ids.clone()) for e in epochs.live
+            ],
+            "filled": self.filled,
+            "sweeps": self.sweeps,
+        }
 
-    def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over what :meth:`state` gave."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave; in place where the sizes agree."""
+        device = self.storage.device
+
+        def put(owner: Any, name: str) -> None:
+            old, new = getattr(owner, name), state[name]
+            if old.shape == new.shape and old.dtype == new.dtype:
+                old.copy_(new)
+            else:
+                setattr(owner, name, new.to(device).clone())
+
         for name in _STATE:
-            setattr(self, name, state[name])
+            put(self, name)
+        put(self.epochs, "maps")
+        put(self.epochs, "offsets")
+        self.epochs.place = self.place
+        self.epochs.live = [
+            Epoch(slot, level, None if ids is None else ids.to(device).clone())
+            for slot, level, ids in state["epochs"]
+        ]
+        self.filled, self.sweeps = state["filled"], state["sweeps"]
+        self.version += 1
+        self.affine = self._affine()
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Move and cast as a module is moved; the D-sized state stays float64."""
-        factor = fn(self.factor)
-        if factor.dtype in (torch.float32, torch.float64):
-            self.factor = factor
+        """Move and cast as a module is moved; the P-sized state stays float64."""
+        storage = fn(self.storage)
+        if storage.dtype in (torch.float32, torch.float64):
+            self.storage = storage
         else:  # half types would lose the sparse updates
-            self.factor = self.factor.to(factor.device)
-        for name in _STATE[1:]:
-            setattr(self, name, getattr(self, name).to(factor.device))
+            self.storage = self.storage.to(storage.device)
+        device = storage.device
+        for name in (*_STATE[1:], "affine"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.epochs.place = self.place
+        self.epochs.maps = self.epochs.maps.to(device)
+        self.epochs.offsets = self.epochs.offsets.to(device)
+        for epoch in self.epochs.live:
+            epoch.ids = None if epoch.ids is None else epoch.ids.to(device)
 
-    def _current(self, ids: torch.Tensor) -> torch.Tensor:
-        """The factor's rows as if they had been written in the current epoch, float64."""
-        stored = self.factor[ids].to(torch.float64)
-        if self.epochs == 1:
-            return stored
-        stamp = self.stamp[ids].long()
-        out = stored.clone()
-        for epoch in stamp.unique().tolist():
-            if epoch != self.epochs - 1:
-                chosen = (stamp == epoch).nonzero()[:, 0]
-                out[chosen] = stored[chosen] @ self.maps[epoch] + self.offsets[epoch]
-        return out
+    # ------------------------------------------------------------------ inside
 
-    def _close_epoch(self) -> None:
-        """Let every live map absorb U and ω, and open a new epoch; re-base when too many live."""
-        if self.epochs >= self.max_epochs:
-            self._rebase()
-            return
-        identity = torch.eye(self.mix.shape[0], dtype=self.mix.dtype, device=self.mix.device)
-        nothing = torch.zeros_like(self.shift)
-        self.offsets = torch.cat([self.offsets @ self.mix + self.shift, nothing[None]])
-        self.maps = torch.cat([self.maps @ self.mix, identity[None]])
-        self.mix, self.shift = identity.clone(), nothing.clone()
+    def _suitable(self, count: int) -> int:
+        """Hot rows for steps of ``count`` targets: see `STEPS`.
 
-    def _rebase(self) -> None:
-        """A ← W, U ← I, ω ← 0, one epoch: the only sweep over all classes."""
-        self.load(self.dense())
-        self.rebases += 1
+        m steps cost m² count / 2 row updates of 4·count·P flops or 2P², and closing their epoch
+        about eight products of P×P matrices.
+        """
+        p = self.width
+        steps = round(math.sqrt(16 * p * p / (count * min(2 * count, p))))
+        rows = count * max(1, min(64, steps))
+        return max(rows, min(STEPS * count, FEW_ROWS))
+
+    def _allocate(self, rows: int) -> None:
+        """Replace the stack by one with ``rows`` hot rows; an epoch must just have begun."""
+        device = self.storage.device
+        size = (self.width + 3 + rows, self.width)
+        column_sum = self.column_sum.clone() if hasattr(self, "stack") else None
+        self.stack = torch.zeros(size, dtype=torch.float64, device=device)
+        if column_sum is not None:
+            self.column_sum.copy_(column_sum)
+        self.hot_ids = torch.empty(rows + 1, dtype=torch.int64, device=device)
+        self.affine = self._affine()
+        self._begin()
+        if rows:
+            self.epochs.reserve(rows)
+
+    def _affine(self) -> torch.Tensor:
+        """How many times each row of the stack takes what is added to every row of W."""
+        affine = torch.ones(self.stack.shape[0], dtype=torch.float64, device=self.storage.device)
+        affine[: self.width] = 0.0
+        affine[self.width + 1] = self.classes
+        return affine
+
+    def _begin(self) -> None:
+        self.mix.zero_().diagonal().fill_(1.0)
+        self.shift.zero_()
+        self.hot.zero_()
+        self.hot_ids.fill_(self.classes)
+        self.cursor.zero_()
+        self.filled = 0
 
 
-def gram_and_sum(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """WᵀW (D, D) and Wᵀ1 (D,) in float64, widening 16384 rows at a time."""
-    size = weight.shape[1]
-    gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
-    total = torch.zeros_like(gram[0])
-    for start in range(0, weight.shape[0], 1 << 14):
-        rows = weight.detach()[start : start + (1 << 14)].to(torch.float64)
-        gram.addmm_(rows.T, rows)
-        total += rows.sum(0)
-    return gram, total
+_STATE = ("storage", "place", "stack", "hot_ids", "cursor", "gram")
+
+
+def capturing(tensor: torch.Tensor) -> bool:
+    """Whether work on the tensor's device is being recorded into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -11,8 +11,9 @@ from logitless._extras import torch
 from logitless.losses._reduce import reduce
 from logitless.ops.row_statistics import RowStatistics
 from logitless.spherical import records, scores
-from logitless.spherical.factored import FactoredMatrix
+from logitless.spherical.factored import FactoredMatrix, capturing
 from logitless.spherical.losses import SphericalLoss, spherical_loss
+from logitless.spherical.refusals import Refusals
 from logitless.spherical.route import check_ids
 from logitless.spherical.updates import Settings, apply_step
 
@@ -24,10 +25,10 @@ OPTIMIZERS = ("sgd", "momentum", "muon")
 class SphericalHead(torch.nn.Module):
     """A linear head with a spherical loss, in two factors and updated exactly in O(D²) a row.
 
-    W = A·U + 1·ωᵀ, with A (V, D) and D-sized state. The forward costs 2ND² + 2ND flops and the step
-    about 10ND² + (2/3)D³ whatever V is; only rows of A that are somebody's target are touched. The
+    W = A·U + 1·ωᵀ, with A (V, D) and D-sized state. A forward, backward and step of N rows cost
+    about 25ND² flops whatever V is; only rows of A that were somebody's target are touched. The
     updates are those of the dense optimiser, to rounding (Vincent, de Brébisson, Bouthillier 2015;
-    momentum, clipping and Muon in the same form are this library's).
+    hot rows instead of inverses, momentum, clipping and Muon in this form are this library's).
 
     Parameters
     ----------
@@ -56,7 +57,8 @@ class SphericalHead(torch.nn.Module):
 
     Notes
     -----
-    Memory: V·D numbers for A (twice that with momentum), 4V bytes of stamps and a few D×D matrices.
+    Memory: V·D numbers for A (twice that with momentum), at most 12V bytes of places, the hot rows
+    of some steps in float64, and O(log V) float64 D×D matrices.
     The weight is no ``nn.Parameter``: other optimisers must not touch it. Adam and its kin square
     single elements of the gradient, which no O(D²) form can follow.
 
@@ -96,8 +98,8 @@ class SphericalHead(torch.nn.Module):
             raise argument_error("momentum", 0.0, "a number in (0, 1)", "optimizer='sgd' has none")
         if optimizer == "sgd" and momentum != 0.0:
             raise argument_error("momentum", momentum, "0 for 'sgd'", "use optimizer='momentum'")
-        self.lr = _check_number("lr", lr)
-        self._velocity_scale = self.lr if self.lr > 0 else 1.0
+        lr = _check_number("lr", lr)
+        self._velocity_scale = lr if lr > 0 else 1.0
         self.weight_decay = _check_number("weight_decay", weight_decay)
         self.clip_norm = _check_optional("clip_norm", clip_norm)
         self.trust_ratio = _check_optional("trust_ratio", trust_ratio)
@@ -111,6 +113,8 @@ class SphericalHead(torch.nn.Module):
         self.matrix = FactoredMatrix(self._initial(device, dtype))
         self._pending: list[records.Record] = []
         self.steps = 0
+        self._lr, self._rate = lr, torch.tensor(lr, dtype=torch.float64, device=device)
+        self._refusals = Refusals(self.matrix.storage.device)
 
     # ------------------------------------------------------------------ the loss
 
@@ -175,9 +179,24 @@ class SphericalHead(torch.nn.Module):
 
     # ------------------------------------------------------------------ the update
 
+    @property
+    def lr(self) -> float:
+        """The step size. Setting it reaches captured steps too: they read it on the device."""
+        return self._lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        if value != self._lr:
+            self._lr = _check_number("lr", value)
+            self._rate.fill_(self._lr)
+
     @torch.no_grad()
-    def step(self, grad_scale: float = 1.0) -> None:
+    def step(self, grad_scale: float | torch.Tensor = 1.0) -> None:
         """Apply what backward has recorded since the last step; nothing if nothing was.
+
+        Nothing is read from a CUDA device, so that forward, backward and step can be captured as
+        one CUDA graph, after one eager step of the same batch size. Then tell every replay by
+        :meth:`replayed`.
 
         Parameters
         ----------
@@ -186,32 +205,39 @@ class SphericalHead(torch.nn.Module):
 
         Raises
         ------
-        SingularStepError
-            lr times an eigenvalue of the gradient's input side is 1: the state is as before, the
-            recorded rows are kept, and a smaller ``head.lr`` can be tried.
         FloatingPointError
-            A recorded cotangent is not finite; the rows are dropped, the state is as before.
+            A recorded feature or cotangent is not finite: the rows are dropped, the state is as
+            before. On CUDA it is a later call that raises: ``step``, ``replayed``, ``diagnostics``
+            or ``state_dict``, the last two with certainty.
         """
         group = self._group()
+        if not capturing(self.matrix.stack):
+            self._refusals.check()
         if group is None and not self._pending:
             return
         record = records.combine(self._pending) if self._pending else self._no_rows()
-        if group is not None:
-            record = records.gather(record, group)
-        if grad_scale != 1.0:
-            record = record.scaled(1.0 / grad_scale)
-        gradient = records.gradient(record)
-        finite = gradient.rows.isfinite().all() & gradient.square.isfinite().all()
-        if not bool(finite & gradient.linear.isfinite().all()):
-            self.zero_grad()
-            raise FloatingPointError(
-                "SphericalHead.step: the recorded gradient is not finite; the weight was left as "
-                "it was and the rows were dropped. A row of equal logits (V = 1, or a zero weight) "
-                "makes the Z-loss undefined"
-            )
-        apply_step(self.matrix, gradient, self._settings())
         self._pending.clear()
-        self.steps += 1
+        if group is not None:
+            record = records.gather(record, self.matrix, group)
+        if isinstance(grad_scale, torch.Tensor):
+            record = record.scaled(grad_scale.to(torch.float64).reciprocal())
+        elif grad_scale != 1.0:
+            record = record.scaled(1.0 / grad_scale)
+        if record.ids.numel() == 0:
+            return
+        self._refusals.add(apply_step(self.matrix, record, self._settings()))
+        self.steps += not capturing(self.matrix.stack)
+
+    def replayed(self, times: int = 1) -> None:
+        """Tell that a CUDA graph with a captured ``step`` was replayed, after each replay.
+
+        The host then knows when hot rows are to be written back, and does so every few calls
+        without waiting for the device. Replays that were not told are refused once there is no
+        room left; the error says so.
+        """
+        self.matrix.replayed(times)
+        self.steps += times
+        self._refusals.check()
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001
         """Forget what backward has recorded since the last step."""
@@ -225,7 +251,7 @@ class SphericalHead(torch.nn.Module):
 
     def _settings(self) -> Settings:
         return Settings(
-            lr=_check_number("lr", self.lr),
+            lr=self._rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
@@ -302,11 +328,12 @@ class SphericalHead(torch.nn.Module):
                 f"bias={self.has_bias}",
                 "match the head",
             )
-        like = self.matrix.factor
-        parts = [weight.to(like)] if bias is None else [weight.to(like), bias.to(like)[:, None]]
-        if self._heavy_ball:
-            parts.append(like.new_zeros(self.num_classes, self._width))
-        self.matrix.load(torch.cat(parts, 1))
+        with torch.no_grad():
+            factor = self.matrix.factor.zero_()
+            factor[:, : self.features] = weight
+            if bias is not None:
+                factor[:, self.features] = bias
+            self.matrix.restart()
         self._pending.clear()
 
     @property
@@ -314,23 +341,26 @@ class SphericalHead(torch.nn.Module):
         return self.momentum > 0.0
 
     def _initial(self, device: Any, dtype: torch.dtype) -> torch.Tensor:
-        """Uniform in ±1/√D as nn.Linear; columns are centred, so mean logits start at 0."""
+        """Storage of a weight uniform in ±1/√D as nn.Linear, centred: mean logits start at 0."""
         bound = 1.0 / math.sqrt(self.features)
-        size = (self.num_classes, self._width)
-        weight = torch.empty(size, device=device, dtype=dtype).uniform_(-bound, bound)
+        size = (self.num_classes + 1, self._width * (1 + self._heavy_ball))
+        storage = torch.zeros(size, device=device, dtype=dtype)
+        weight = storage[:-1, : self._width].uniform_(-bound, bound)
         if self.num_classes > 1:
             weight -= weight.mean(0)
-        if self._heavy_ball:
-            weight = torch.cat([weight, torch.zeros_like(weight)], 1)
-        return weight
+        return storage
 
     def diagnostics(self) -> dict[str, float]:
-        """Condition of U, live epochs, full re-bases, ‖W‖, steps taken, rows waiting for a step."""
+        """Live epochs, hot rows, sweeps over all classes, ‖W‖, steps taken, rows for the next one.
+
+        Waits for the device and raises what it refused.
+        """
+        self._refusals.check(wait=True)
         d = self._width
         return {
-            "condition": self.matrix.condition(),
-            "epochs": float(self.matrix.epochs),
-            "rebases": float(self.matrix.rebases),
+            "epochs": float(len(self.matrix.epochs.live)),
+            "hot_rows": float(self.matrix.filled),
+            "sweeps": float(self.matrix.sweeps),
             "weight_norm": float(self.matrix.gram.diagonal()[:d].sum().clamp(min=0).sqrt()),
             "steps": float(self.steps),
             "pending_rows": float(sum(r.features.shape[0] for r in self._pending)),
@@ -373,20 +403,20 @@ class SphericalHead(torch.nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """The factored state; part of ``state_dict``."""
+        self._refusals.check(wait=True)
         return {"matrix": self.matrix.state(), "steps": self.steps, "scale": self._velocity_scale}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Load the factored state; part of ``load_state_dict``."""
-        device = self.matrix.factor.device
-        shape = tuple(state["matrix"]["factor"].shape)
-        if shape != tuple(self.matrix.factor.shape):
+        shape = tuple(state["matrix"]["storage"].shape)
+        if shape != tuple(self.matrix.storage.shape):
             raise argument_error(
                 "state_dict",
-                f"a factor of shape {shape}",
-                str(tuple(self.matrix.factor.shape)),
+                f"storage of shape {shape}",
+                str(tuple(self.matrix.storage.shape)),
                 "make the head with the same num_classes, features, bias and optimizer",
             )
-        self.matrix.restore({k: v.to(device) for k, v in state["matrix"].items()})
+        self.matrix.restore(state["matrix"])
         self.steps, self._velocity_scale = state["steps"], state["scale"]
         self._pending.clear()
 
@@ -409,6 +439,8 @@ class SphericalHead(torch.nn.Module):
         """Move with the module; the float64 state keeps its dtype when the module is cast."""
         super()._apply(fn, *arguments)  # type: ignore[no-untyped-call]
         self.matrix.move(fn)
+        device = self.matrix.storage.device
+        self._rate, self._refusals = self._rate.to(device), Refusals(device)
         return self
 
     def extra_repr(self) -> str:
@@ -451,7 +483,10 @@ class SphericalHead(torch.nn.Module):
     def _no_rows(self) -> records.Record:
         empty = self.matrix.gram.new_zeros(0, self._width)
         none, column = empty.new_zeros(0), empty.new_zeros(0, 1)
-        return records.Record(empty, none, none, column.to(torch.int64), column)
+        rows = empty.new_zeros(0, 1, self.matrix.width)
+        response = empty.new_zeros(0, self.matrix.width)
+        ids = column.to(torch.int64)
+        return records.Record(empty, none, none, ids, column, rows, response)
 
 
 def _check_optimizer(name: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from logitless._extras import torch
 from logitless.spherical.factored import FactoredMatrix
 from logitless.spherical.gather import gather_rows
-from logitless.spherical.updates import Gradient
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,10 @@ class Record:
         γ and ς (n,): derivatives by Σz² and Σz.
     ids, target : Tensor
         Class ids (n, K), negative where padded, and the derivatives by their logits.
+    rows : Tensor
+        The targets' rows of the factored matrix M, (n, K, P); 0 where padded.
+    response : Tensor
+        dz·M, (n, P): the features' gradient, and the same of the velocity if there is one.
     """
 
     features: torch.Tensor
@@ -31,15 +34,33 @@ class Record:
     linear: torch.Tensor
     ids: torch.Tensor
     target: torch.Tensor
+    rows: torch.Tensor
+    response: torch.Tensor
 
-    def scaled(self, factor: float) -> Record:
+    def scaled(self, factor: float | torch.Tensor) -> Record:
         """The record of ``factor`` times the loss."""
-        return Record(
-            self.features,
-            self.square * factor,
-            self.linear * factor,
-            self.ids,
-            self.target * factor,
+        return replace(
+            self,
+            square=self.square * factor,
+            linear=self.linear * factor,
+            target=self.target * factor,
+            response=self.response * factor,
+        )
+
+    def finite(self) -> torch.Tensor:
+        """Whether features and cotangents are finite (0-d bool)."""
+        small = torch.cat([self.square, self.linear, self.target.flatten()])
+        return torch.isfinite(small.sum() + self.features.sum())
+
+    def where(self, ok: torch.Tensor) -> Record:
+        """The record, or one of nothing where ``ok`` (0-d bool) is false."""
+        return replace(
+            self,
+            features=torch.where(ok, self.features, 0.0),
+            square=torch.where(ok, self.square, 0.0),
+            linear=torch.where(ok, self.linear, 0.0),
+            target=torch.where(ok, self.target, 0.0),
+            response=torch.where(ok, self.response, 0.0),
         )
 
 
@@ -50,7 +71,8 @@ def combine(records: list[Record]) -> Record:
     width = max(r.ids.shape[1] for r in records)
 
     def pad(t: torch.Tensor, value: int) -> torch.Tensor:
-        return torch.nn.functional.pad(t, (0, width - t.shape[1]), value=value)
+        missing = [0, 0] * (t.dim() - 2) + [0, width - t.shape[1]]
+        return torch.nn.functional.pad(t, missing, value=value)
 
     return Record(
         torch.cat([r.features for r in records]),
@@ -58,10 +80,12 @@ def combine(records: list[Record]) -> Record:
         torch.cat([r.linear for r in records]),
         torch.cat([pad(r.ids, -1) for r in records]),
         torch.cat([pad(r.target, 0) for r in records]),
+        torch.cat([pad(r.rows, 0) for r in records]),
+        torch.cat([r.response for r in records]),
     )
 
 
-def gather(record: Record, group: Any) -> Record:
+def gather(record: Record, matrix: FactoredMatrix, group: Any) -> Record:
     """The records of all ranks of ``group`` in rank order, scaled to the mean of their losses.
 
     Moves n·(D + 2 + 2K) numbers a rank. Ranks may hold different numbers of rows, not different K.
@@ -77,18 +101,39 @@ def gather(record: Record, group: Any) -> Record:
         1,
     )
     whole = gather_rows(packed, group)
-    features, k = record.features.shape[1], record.ids.shape[1]
-    columns = whole[:, features:]
+    width, k = record.features.shape[1], record.ids.shape[1]
+    features, columns = whole[:, :width], whole[:, width:]
     ids, target = columns[:, 2 : 2 + k].to(torch.int64), columns[:, 2 + k :]
-    gathered = Record(whole[:, :features], columns[:, 0], columns[:, 1], ids, target)
-    return gathered.scaled(1.0 / torch.distributed.get_world_size(group))
-
-
-def gradient(record: Record) -> Gradient:
-    """The parts of ∇W that a step needs."""
-    return Gradient.collect(
-        record.features, record.square, record.linear, record.ids, record.target
+    share = 1.0 / torch.distributed.get_world_size(group)
+    square, linear, target = columns[:, 0] * share, columns[:, 1] * share, target * share
+    rows = target_rows(matrix, ids)
+    response = _response(
+        square, linear, target, features @ matrix.gram[:width], matrix.column_sum, rows
     )
+    return Record(features, square, linear, ids, target, rows, response)
+
+
+def target_rows(matrix: FactoredMatrix, ids: torch.Tensor) -> torch.Tensor:
+    """The rows (n, K, P) of ids (n, K), 0 where negative."""
+    kept = ids >= 0
+    rows = matrix.rows(torch.where(kept, ids, matrix.classes).flatten())
+    return torch.where(kept[..., None], rows.view(*ids.shape, matrix.width), 0.0)
+
+
+def _response(
+    square: torch.Tensor,
+    linear: torch.Tensor,
+    target: torch.Tensor,
+    product: torch.Tensor,
+    column_sum: torch.Tensor,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """dz·M = 2γ E MᵀM + ς 1ᵀM + Σ a' M_y."""
+    out = product * (2 * square)[:, None]
+    out.addcmul_(linear[:, None], column_sum)
+    for k in range(rows.shape[1]):
+        out.addcmul_(target[:, k, None], rows[:, k])
+    return out
 
 
 class FactoredStatistics(torch.autograd.Function):
@@ -106,17 +151,15 @@ class FactoredStatistics(torch.autograd.Function):
         sink: Callable[[Record], None] | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute the statistics in O(ND²)."""
-        d, classes = features.shape[1], matrix.factor.shape[0]
-        product = features @ matrix.gram[:d, :d]
-        column_sum = matrix.column_sum[:d].clone()
-        kept = ids >= 0
-        targets = matrix.rows(ids.clamp(min=0).flatten())[:, :d].reshape(*ids.shape, d)
-        targets = torch.where(kept[..., None], targets, 0.0)
-        mean = features @ column_sum / classes
-        variance = ((product * features).sum(1) / classes - mean * mean).clamp(min=0)
-        target = torch.einsum("nkd,nd->nk", targets, features)
-        ctx.save_for_backward(features, ids, product, column_sum, targets, mean)
-        ctx.classes, ctx.sink = classes, sink
+        d, classes = features.shape[1], matrix.classes
+        product = features @ matrix.gram[:d]
+        column_sum = matrix.column_sum.clone()
+        rows = target_rows(matrix, ids)
+        mean = (features @ column_sum[:d]) / classes
+        variance = ((product[:, :d] * features).sum(1) / classes - mean * mean).clamp_(min=0)
+        target = torch.einsum("nkd,nd->nk", rows[..., :d], features)
+        ctx.save_for_backward(features, ids, product, column_sum, rows, mean)
+        ctx.matrix, ctx.sink, ctx.version = matrix, sink, matrix.version
         return mean, variance, target
 
     @staticmethod
@@ -125,14 +168,18 @@ class FactoredStatistics(torch.autograd.Function):
         ctx: Any, g_mean: torch.Tensor, g_variance: torch.Tensor, g_target: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         """Give the features' gradient; record the weight's."""
-        features, ids, product, column_sum, targets, mean = ctx.saved_tensors
-        square = g_variance / ctx.classes
-        linear = (g_mean - 2 * g_variance * mean) / ctx.classes
+        features, ids, product, column_sum, rows, mean = ctx.saved_tensors
+        if ctx.sink is not None and ctx.version != ctx.matrix.version:
+            raise RuntimeError(
+                "SphericalHead: the weight has changed between this forward and its backward; "
+                "call backward before step(), or run the forward again"
+            )
+        classes = ctx.matrix.classes
+        square = g_variance / classes
+        linear = (g_mean - 2 * g_variance * mean) / classes
         g_target = torch.where(ids >= 0, g_target, 0.0)
-        d_features = None
-        if ctx.needs_input_grad[0]:
-            d_features = (2 * square)[:, None] * product + torch.outer(linear, column_sum)
-            d_features += torch.einsum("nk,nkd->nd", g_target, targets)
+        response = _response(square, linear, g_target, product, column_sum, rows)
         if ctx.sink is not None:
-            ctx.sink(Record(features.detach(), square, linear, ids, g_target))
+            ctx.sink(Record(features.detach(), square, linear, ids, g_target, rows, response))
+        d_features = response[:, : features.shape[1]] if ctx.needs_input_grad[0] else None
         return d_features, None, None, None

@@ -15,15 +15,15 @@ BLOCK = 8192
 
 
 def _project(head: SphericalHead, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features h' and offsets c with z = h' A^T + c, in A's dtype: (N, D) and (N,).
+    """Features h' (N, P) in A's dtype with z = h' Aᵀ, and A (V, P).
 
-    Rows of several epochs have several maps, so the live epochs are folded into A first.
+    Rows of several epochs have several maps, so all are brought up to date first.
     """
     matrix = head.matrix
     matrix.consolidate()
-    flat, d = head._widen(input), head._width
-    projected = flat @ matrix.mix[:, :d].T
-    return projected.to(matrix.factor.dtype), flat @ matrix.shift[:d]
+    flat = head._widen(input).to(matrix.factor.dtype)
+    # The velocity's columns count for nothing.
+    return torch.nn.functional.pad(flat, (0, matrix.width - flat.shape[1])), matrix.factor
 
 
 def _score(head: SphericalHead, logits: torch.Tensor) -> torch.Tensor:
@@ -37,19 +37,18 @@ def _score(head: SphericalHead, logits: torch.Tensor) -> torch.Tensor:
 
 def topk(head: SphericalHead, input: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `SphericalHead.topk`."""
-    features, offset = _project(head, input)
-    factor = head.matrix.factor
+    features, factor = _project(head, input)
     top = functional.linear_topk(features, factor, k)
-    logits, ids = top.values.to(torch.float64) + offset[:, None], top.indices
+    logits, ids = top.values, top.indices
     if head.loss.name in ("spherical_softmax", "taylor_softmax"):  # both ends of the logits count
         low = functional.linear_topk(-features, factor, k)
-        logits = torch.cat([logits, offset[:, None] - low.values.to(torch.float64)], 1)
+        logits = torch.cat([logits, -low.values], 1)
         ids = torch.cat([ids, low.indices], 1)
         logits, ids = _without_repeats(logits, ids, _score(head, logits), k)
         rows = input.reshape(-1, 1, head.features).expand(-1, k, -1)
         values = head.log_prob(rows, ids)
     else:
-        values = logits.to(factor.dtype)
+        values = logits
     shape = (*input.shape[:-1], k)
     return values.reshape(shape), ids.reshape(shape)
 
@@ -68,15 +67,13 @@ def _without_repeats(
 def rank(head: SphericalHead, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """See `SphericalHead.rank`."""
     ids, _ = head._ids(input, target, -100)
-    features, offset = _project(head, input)
+    features, factor = _project(head, input)
     flat = ids.reshape(features.shape[0], -1)
-    factor = head.matrix.factor
-    offset = offset.to(factor.dtype)[:, None]
-    own = torch.einsum("nkd,nd->nk", factor[flat.clamp(min=0)], features) + offset
+    own = torch.einsum("nkd,nd->nk", factor[flat.clamp(min=0)], features)
     own = _score(head, own)
     above = torch.zeros_like(flat)
     for start in range(0, factor.shape[0], BLOCK):
-        block = _score(head, features @ factor[start : start + BLOCK].T + offset)
+        block = _score(head, features @ factor[start : start + BLOCK].T)
         inside = torch.arange(start, start + block.shape[1], device=flat.device)
         for column in range(flat.shape[1]):  # the target itself is left out: rounding may differ
             larger = (block > own[:, column, None]) & (inside != flat[:, column, None])

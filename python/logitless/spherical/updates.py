@@ -1,11 +1,16 @@
 """Exact optimiser steps of a spherical head, in O(D²) a row.
 
-The gradient of any loss of the spherical family is ∇W = W X + 1 xᵀ + S: a right multiplication by
-a D×D matrix, one row added to every row, and rows of their own for the batch's targets. A step is
-exact in the factored form when it only multiplies such a matrix from the right, scales it or adds
-to it. SGD, decoupled weight decay, clipping by the global norm, the trust ratio, heavy-ball
-momentum and Muon with the exact polar factor all do. Adam, Adagrad, RMSprop and sign methods do
-not: they square or take the sign of single elements, which no right multiplication can.
+The gradient of any loss of the spherical family is ∇W = dzᵀE = W X + 1 xᵀ + S: a right
+multiplication by a D×D matrix, one row added to every row, and rows of their own for the batch's
+targets. A step is exact in the factored form when it only multiplies such a matrix from the right,
+scales it or adds to it. SGD, decoupled weight decay, clipping by the global norm, the trust ratio,
+heavy-ball momentum and Muon with the exact polar factor all do. Adam, Adagrad, RMSprop and sign
+methods do not: they square or take the sign of single elements, which no right multiplication can.
+
+A step first computes the gradient's rows for U, ω, w̄ and the hot rows alike (they transform as W's
+rows do), then applies the optimiser to them row by row, as a dense one would, and to the Gram
+matrix. Everything is tensor operations of fixed sizes: the host reads nothing, so that a step can
+be part of a CUDA graph. (Muon's eigenvectors are the exception: torch waits for them.)
 """
 
 from __future__ import annotations
@@ -13,73 +18,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from logitless._extras import torch
-from logitless.spherical.factored import FactoredMatrix, RightMultiplication
+from logitless.spherical.factored import FactoredMatrix
+from logitless.spherical.records import Record
 
 # Eigenvalues of ∇Wᵀ∇W below this share of the largest are round-off of a rank-deficient gradient
 # (its rank is at most the number of rows of the batch); Muon gives those directions no step.
 POLAR_CUTOFF = 1e-13
 
 
-@dataclass(frozen=True)
-class Gradient:
-    """∇W = W X + 1 xᵀ + S of one step, from the rows of all its backward passes.
-
-    Attributes
-    ----------
-    features : Tensor
-        E, (n, D) float64.
-    square : Tensor
-        γ, (n,): ∂loss/∂Σz². X = 2 Eᵀ diag(γ) E.
-    linear : Tensor
-        ς, (n,): ∂loss/∂Σz. x = Eᵀ ς.
-    ids : Tensor
-        (m,) distinct classes that are somebody's target.
-    rows : Tensor
-        S[ids], (m, D) float64.
-    """
-
-    features: torch.Tensor
-    square: torch.Tensor
-    linear: torch.Tensor
-    ids: torch.Tensor
-    rows: torch.Tensor
-
-    @classmethod
-    def collect(
-        cls,
-        features: torch.Tensor,
-        square: torch.Tensor,
-        linear: torch.Tensor,
-        ids: torch.Tensor,
-        target: torch.Tensor,
-    ) -> Gradient:
-        """Sum the target columns' cotangents ``target`` (n, K) by class; ids < 0 are padding."""
-        n, k = ids.shape
-        valid = ids >= 0
-        distinct, place = ids[valid].unique(return_inverse=True)
-        source = torch.arange(n, device=ids.device)[:, None].expand(n, k)[valid]
-        rows = features.new_zeros(distinct.shape[0], features.shape[1])
-        rows.index_add_(0, place, features[source] * target[valid][:, None])
-        return cls(features, square, linear, distinct, rows)
-
-    def multiplier(self) -> torch.Tensor:
-        """X (D, D)."""
-        return (self.features * (2 * self.square)[:, None]).T @ self.features
-
-    def addend(self) -> torch.Tensor:
-        """The vector x (D,)."""
-        return self.linear @ self.features
-
-
 @dataclass
 class Settings:
-    """What a step does with the gradient; every number but the last may change between steps.
+    """What a step does with the gradient.
 
-    ``velocity_scale`` is the constant s in the factored pair [W, sB]. With s = the first lr the two
-    halves are of one size, and U stays well-conditioned for tens of steps, not one.
+    ``lr`` is a 0-d float64 tensor on the matrix' device, so that a captured graph sees it change.
+    ``velocity_scale`` is the constant s in the factored pair [W, sB]: with s = the first lr the two
+    halves are of one size.
     """
 
-    lr: float
+    lr: torch.Tensor
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float | None = None
@@ -88,108 +44,190 @@ class Settings:
     velocity_scale: float = 1.0
 
 
-def apply_step(matrix: FactoredMatrix, gradient: Gradient, settings: Settings) -> None:
-    """One optimiser step on the factored weight.
+@torch.no_grad()
+def apply_step(matrix: FactoredMatrix, record: Record, settings: Settings) -> torch.Tensor:
+    """Take one step on ``matrix``: W of width D, or the pair [W, sB].
 
-    Without momentum ``matrix`` holds W (P = D), with momentum [W, sB] side by side (P = 2D), B the
-    velocity: B ← μB + ∇W, then W ← (1 − lr·λ) W − lr·B. Muon replaces the last B by its polar
-    factor B (BᵀB)^(−½); the trust ratio replaces lr by lr·ratio·‖W‖/(‖∇W‖ + λ‖W‖).
-
-    Raises
-    ------
-    SingularStepError
-        If the step would make the weight's factor singular; nothing was changed.
+    Returns
+    -------
+    Tensor
+        (2,) bool: whether the step was refused because the record is not finite; or because there
+        was no room for its rows. A refused step leaves the state as it was, bit by bit.
     """
-    features = gradient.features.shape[1]
-    heavy_ball = matrix.gram.shape[0] == 2 * features
-    scale = _clip_and_trust(matrix, gradient, settings)
-    lr = settings.lr * scale.trust
-    keep = 1.0 - lr * settings.weight_decay
-    if not heavy_ball and not settings.muon:
-        _plain_step(matrix, gradient, lr * scale.clip, keep)
-        return
-    x = gradient.multiplier() * scale.clip
-    add = gradient.addend() * scale.clip
-    rows = gradient.rows * scale.clip
-    identity = torch.eye(features, dtype=x.dtype, device=x.device)
-    # The new velocity is a right multiplication too: B = [W, sB] · first + 1 addᵀ + rows.
-    scale_b = settings.velocity_scale
-    first = torch.cat([x, settings.momentum / scale_b * identity]) if heavy_ball else x
-    polar = identity
-    if settings.muon:
-        polar = _inverse_root(_gram_of(matrix, first, add, gradient.ids, rows))
-    weight = -lr * (first @ polar)
-    weight[:features] += keep * identity
-    if heavy_ball:
-        dense = torch.cat([weight, scale_b * first], 1)
-        add = torch.cat([-lr * (add @ polar), scale_b * add])
-        rows = torch.cat([-lr * (rows @ polar), scale_b * rows], 1)
-    else:
-        dense, add, rows = weight, -lr * (add @ polar), -lr * (rows @ polar)
-    matrix.step(RightMultiplication(dense=dense), add, gradient.ids, rows)
+    count = record.ids.numel()
+    matrix.reserve(count)
+    finite = record.finite()
+    room = matrix.room(count)
+    ok = finite & room
+    record = record.where(ok)
+    ids = torch.where(record.ids >= 0, record.ids, matrix.classes)
+    numbers = matrix.claim(ids.flatten(), record.rows.flatten(0, 1), ok).view_as(ids)
+    gradient = _gradient(matrix, record, numbers)
+    _optimise(matrix, record, gradient, settings, ok)
+    matrix.taken(count)
+    return torch.stack([~finite, ~room])
 
 
 @dataclass(frozen=True)
-class _Scale:
-    clip: torch.Tensor | float
-    trust: torch.Tensor | float
+class _Gradient:
+    """∇W in the parts that a step needs.
+
+    Attributes
+    ----------
+    rows : Tensor
+        (R, D): the gradient of each row of the stack in use.
+    product : Tensor
+        MᵀG, (P, D), M being the factored matrix.
+    square : Tensor
+        dz·G (n, D), so that GᵀG = Eᵀ square.
+    """
+
+    rows: torch.Tensor
+    product: torch.Tensor
+    square: torch.Tensor
 
 
-def _plain_step(
-    matrix: FactoredMatrix, gradient: Gradient, lr: torch.Tensor | float, keep: torch.Tensor | float
-) -> None:
-    """SGD: K = keep·I − lr·X, low-rank when the batch has fewer rows than features."""
-    e, weights = gradient.features, (-2 * lr) * gradient.square
-    if e.shape[0] < e.shape[1]:
-        multiply = RightMultiplication(keep, e, e * weights[:, None])
+def _gradient(matrix: FactoredMatrix, record: Record, numbers: torch.Tensor) -> _Gradient:
+    e, twice = record.features, 2 * record.square
+    n, d = e.shape
+    weights = matrix.used(record.ids.numel())[:, :d]
+    affine = matrix.affine[: weights.shape[0]]
+    scaled = e * twice[:, None]
+    sums, hot = matrix.width + 1, matrix.width + 2 + numbers
+    if n <= d:
+        coefficients = torch.addmm(torch.outer(affine, record.linear), weights, scaled.T)
+        coefficients[sums] += record.target.sum(1)
+        flat = coefficients.view(-1)
+        places = hot * n + torch.arange(n, device=e.device)[:, None]
+        for k in range(numbers.shape[1]):  # one column: no place occurs twice, no atomics needed
+            flat[places[:, k]] = flat[places[:, k]] + record.target[:, k]
+        rows = coefficients @ e
     else:
-        dense = (e * weights[:, None]).T @ e
-        dense.diagonal().add_(keep)
-        multiply = RightMultiplication(dense=dense)
-    matrix.step(multiply, -lr * gradient.addend(), gradient.ids, -lr * gradient.rows)
+        x = scaled.T @ e
+        rows = torch.addmm(torch.outer(affine, record.linear @ e), weights, x)
+        rows[sums] += record.target.sum(1) @ e
+        for k in range(numbers.shape[1]):  # sorted by torch on CUDA, in order on the host
+            rows.index_put_((hot[:, k],), e * record.target[:, k, None], accumulate=True)
+    product = record.response.T @ e
+    square = (e @ product[:d]) * twice[:, None]
+    square.addcmul_(record.linear[:, None], rows[sums])
+    for k in range(numbers.shape[1]):
+        square.addcmul_(record.target[:, k, None], rows[hot[:, k]])
+    return _Gradient(rows, product, square)
 
 
-def _clip_and_trust(matrix: FactoredMatrix, gradient: Gradient, settings: Settings) -> _Scale:
-    """Factors of the global-norm clip and of the trust ratio; ‖∇W‖ is only computed when used."""
-    if settings.clip_norm is None and settings.trust_ratio is None:
-        return _Scale(1.0, 1.0)
-    norm = gradient_norm(matrix, gradient)
-    clip: torch.Tensor | float = 1.0
-    trust: torch.Tensor | float = 1.0
-    if settings.clip_norm is not None:
-        clip = (settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils clips
-    if settings.trust_ratio is not None:
-        features = gradient.features.shape[1]
-        weight = matrix.gram.diagonal()[:features].sum().clamp(min=0).sqrt()
-        ratio = settings.trust_ratio * weight / (norm * clip + settings.weight_decay * weight)
-        trust = torch.where((weight > 0) & (norm > 0), ratio, torch.ones_like(ratio))
-    return _Scale(clip, trust)
-
-
-def gradient_norm(matrix: FactoredMatrix, gradient: Gradient) -> torch.Tensor:
-    """‖∇W‖_F (0-d float64) without visiting the classes."""
-    d = gradient.features.shape[1]
-    x, add, rows = gradient.multiplier(), gradient.addend(), gradient.rows
-    weight = matrix.rows(gradient.ids)[:, :d]
-    square = ((x @ matrix.gram[:d, :d]) * x).sum() + matrix.factor.shape[0] * (add @ add)
-    square = square + (rows * rows).sum() + 2 * (add @ (x @ matrix.column_sum[:d]))
-    square = square + 2 * ((weight @ x) * rows).sum() + 2 * (add @ rows.sum(0))
-    return square.clamp(min=0).sqrt()
-
-
-def _gram_of(
+def _optimise(
     matrix: FactoredMatrix,
-    multiply: torch.Tensor,
-    add: torch.Tensor,
-    ids: torch.Tensor,
-    rows: torch.Tensor,
+    record: Record,
+    gradient: _Gradient,
+    settings: Settings,
+    ok: torch.Tensor,
+) -> None:
+    lr, clip = settings.lr, None
+    if settings.clip_norm is not None or settings.trust_ratio is not None:
+        norm = (gradient.square * record.features).sum().clamp(min=0).sqrt()
+        if settings.clip_norm is not None:
+            clip = (settings.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils clips
+            norm = norm * clip
+        if settings.trust_ratio is not None:
+            lr = lr * _trust(matrix, norm, settings.trust_ratio, settings)
+    keep = None
+    if settings.weight_decay:
+        keep = torch.where(ok, 1 - lr * settings.weight_decay, 1.0)
+    if clip is not None and (settings.momentum or settings.muon):
+        gradient = _Gradient(gradient.rows * clip, gradient.product * clip, gradient.square * clip)
+        record = record.scaled(clip)
+    elif clip is not None:
+        lr = lr * clip
+    if settings.momentum or settings.muon:
+        _with_velocity(matrix, record, gradient, settings, lr, keep, ok)
+    else:
+        _plain(matrix, record, gradient, lr, keep)
+
+
+def _trust(
+    matrix: FactoredMatrix, norm: torch.Tensor, ratio: float, settings: Settings
 ) -> torch.Tensor:
-    """GᵀG (D, D) of G = M·multiply + 1 addᵀ + rows, where M is the factored matrix."""
-    gram = multiply.T @ matrix.gram @ multiply + matrix.factor.shape[0] * torch.outer(add, add)
-    cross = torch.outer(multiply.T @ matrix.column_sum + rows.sum(0), add)
-    cross = cross + (matrix.rows(ids) @ multiply).T @ rows
-    gram = gram + cross + cross.T + rows.T @ rows
-    return 0.5 * (gram + gram.T)
+    """The LARS factor; 1 where the weight or the gradient is 0."""
+    width = matrix.width // 2 if settings.momentum else matrix.width
+    weight = matrix.gram.diagonal()[:width].sum().clamp(min=0).sqrt()
+    factor = ratio * weight / (norm + settings.weight_decay * weight)
+    return torch.where((weight > 0) & (norm > 0), factor, 1.0)
+
+
+def _plain(
+    matrix: FactoredMatrix,
+    record: Record,
+    gradient: _Gradient,
+    lr: torch.Tensor,
+    keep: torch.Tensor | None,
+) -> None:
+    """SGD: W ← keep·W − lr·G, and Q ← keep²·Q − Eᵀ N − Nᵀ E with N = lr·(keep·dz W − lr/2·dz G)."""
+    used = matrix.stack[: gradient.rows.shape[0]]
+    response = record.response if keep is None else record.response * keep
+    update = record.features.T @ ((response - gradient.square * (0.5 * lr)) * lr)
+    if keep is not None:
+        used.mul_(keep)
+        matrix.gram.mul_(keep * keep)
+    used.addcmul_(gradient.rows, lr, value=-1)
+    matrix.gram.sub_(update).sub_(update.T)
+
+
+def _with_velocity(
+    matrix: FactoredMatrix,
+    record: Record,
+    gradient: _Gradient,
+    settings: Settings,
+    lr: torch.Tensor,
+    keep: torch.Tensor | None,
+    ok: torch.Tensor,
+) -> None:
+    """B ← μB + G; W ← keep·W − lr·B·polar: momentum, and Muon with or without it.
+
+    With M = [W, sB] or W alone; sB is written C below, and η for lr/s.
+    """
+    d, used = record.features.shape[1], matrix.stack[: gradient.rows.shape[0]]
+    scale, mu = settings.velocity_scale, settings.momentum
+    ww = matrix.gram[:d, :d]
+    square = record.features.T @ gradient.square
+    square = 0.5 * (square + square.T)
+    if mu:
+        velocity = torch.add(mu * used[:, d:], gradient.rows, alpha=scale)
+        wc = torch.add(mu * matrix.gram[:d, d:], gradient.product[:d], alpha=scale)
+        cross = gradient.product[d:]
+        cc = (mu * mu) * matrix.gram[d:, d:] + (mu * scale) * (cross + cross.T)
+        cc.add_(square, alpha=scale * scale)
+    else:
+        scale = 1.0
+        velocity, wc, cc = gradient.rows, gradient.product, square
+    if settings.muon:
+        polar = _inverse_root(cc) * lr  # of C, which is that of B
+        direction = velocity @ polar
+        wd, cd = wc @ polar, cc @ polar
+        dd = polar @ cd
+    else:
+        eta = lr / scale
+        direction, wd, cd = velocity * eta, wc * eta, cc * eta
+        dd = cd * eta
+    kept, kept_wc = used[:, :d], wc
+    kept_ww, kept_wd = ww, wd
+    if keep is not None:
+        kept, kept_wc = kept * keep, wc * keep
+        kept_ww, kept_wd = ww * (keep * keep), wd * keep
+    new_ww = kept_ww - kept_wd - kept_wd.T + dd
+    new_ww = 0.5 * (new_ww + new_ww.T)
+    _put(used[:, :d], kept - direction, ok)
+    _put(ww, new_ww, ok)
+    if mu:
+        new_wc = kept_wc - cd.T
+        _put(used[:, d:], velocity, ok)
+        _put(matrix.gram[:d, d:], new_wc, ok)
+        _put(matrix.gram[d:, :d], new_wc.T, ok)
+        _put(matrix.gram[d:, d:], cc, ok)
+
+
+def _put(where: torch.Tensor, value: torch.Tensor, ok: torch.Tensor) -> None:
+    where.copy_(torch.where(ok, value, where))
 
 
 def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
