@@ -10,8 +10,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from logitless import losses, spherical  # noqa: E402
+from logitless.spherical.choice import choose  # noqa: E402
 from logitless.spherical.gram import gram, is_fresh  # noqa: E402
-from logitless.spherical.route import choose  # noqa: E402
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
@@ -98,8 +98,9 @@ def test_variance_keeps_its_digits_at_a_large_mean():
 
 @pytest.mark.smoke
 def test_auto_follows_rows_against_features():
-    assert choose(1000, 100) == "gram"
-    assert choose(10, 100) == "stream"
+    assert choose(1000, 100, 10_000) == "gram"
+    assert choose(10, 100, 10_000) == "stream"
+    assert choose(10, 100, 10_000, fresh=True, gradients=(True, False)) == "gram"
     h, w, _, ids, _ = problem(torch.float32, n=24, d=7)
     _, s = losses.zloss(h, w, ids[:, 0], return_statistics=True)
     assert s.route == "gram"

@@ -7,5 +7,6 @@ optimiser and is what ``logitless.losses.zloss`` and its family choose by themse
 
 from logitless.spherical.accumulate import Accumulator, accumulate
 from logitless.spherical.gram import invalidate
+from logitless.spherical.plan import Plan, plan
 
-__all__ = ["Accumulator", "accumulate", "invalidate"]
+__all__ = ["Accumulator", "Plan", "accumulate", "invalidate", "plan"]

@@ -100,6 +100,15 @@ def accumulate(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Iterat
         del _active[weight]
 
 
+def refuse_collecting(weight: torch.Tensor) -> None:
+    """Refuse a traced backward on a weight that is being collected: it could only write dense."""
+    if any(w.data_ptr() == weight.data_ptr() for w in _active):
+        raise RuntimeError(
+            "spherical.accumulate does not see the backward of a compiled spherical loss: leave "
+            "the loss out of torch.compile (torch.compiler.disable) inside the block"
+        )
+
+
 def collector(weight: torch.Tensor) -> Accumulator | None:
     """The active accumulator of a weight, if any."""
     found: Accumulator | None = _active.get(weight)

@@ -2,13 +2,14 @@
 
 With m = Wᵀ1/V and the centred Gram matrix Q = (W − 1mᵀ)ᵀ(W − 1mᵀ), the mean of a row's logits is
 h·m and their variance hᵀQh/V: neither visits the classes. Q and m are computed once per version of
-the weight, so one optimiser step pays 2VD² for them and 2VD² for its gradient
-dW = W X + 1 xᵀ + target rows, whatever the number of rows; streaming pays 6NVD to 8NVD. The centred
-form keeps the digits of a variance far below the squared mean, which Σz²/V − mean² loses.
+the weight: one optimiser step pays VD² multiply-adds for them, of which symmetry saves 3/8, and as
+many for its gradient dW = W X + 1 xᵀ + target rows, whatever the number of rows; streaming pays
+3NVD to 4NVD. The centred form keeps the digits of a variance far below the squared mean, which
+Σz²/V − mean² loses.
 
 The weight's version counter tells whether Q is stale. Edits that do not move it (through ``.data``,
-inference tensors, or another library writing to the memory) cannot be seen: call
-:func:`invalidate` after them.
+inference tensors, replays of a CUDA graph that was captured without a spherical loss, or another
+library writing to the memory) cannot be seen: call :func:`invalidate` after them.
 """
 
 from __future__ import annotations
@@ -19,9 +20,7 @@ from typing import Any
 from torch.utils.weak import WeakIdKeyDictionary
 
 from logitless._extras import torch
-
-# Rows of W widened and centred at a time: big enough for a full-speed product, small enough for L2.
-BLOCK = 4096
+from logitless.spherical.products import add_symmetric, block_rows, blocks, mirror
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Gram:
     centred : Tensor
         (P, P), the same dtype.
     key : tuple
-        Storage pointers, version counters and layouts it was computed from.
+        Storage pointers, version counters, layouts and the stream it was computed from.
     """
 
     mean: torch.Tensor
@@ -44,29 +43,37 @@ class Gram:
 
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _key(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    return tuple(
-        None
-        if t is None
-        else (t.data_ptr(), 0 if t.is_inference() else t._version, t.shape, t.stride(), t.dtype)
-        for t in tensors
-    )
+# Weights whose Gram matrix was captured in a CUDA graph. Replays change such a weight without
+# moving its version counter, so eager calls may never trust a cached matrix of it again.
+_captured: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def gram(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Gram:
     """Centred Gram matrix and mean row of a (V, D) weight, with the bias as a last column; cached.
 
-    Cost 2VD² flops when the weight has changed since the last call, nothing otherwise. The cache
-    holds P² + P numbers a weight and does not keep the weight alive.
+    Costs 5/4 VD² flops or more when the weight has changed since the last call, nothing otherwise.
+    The cache holds P² + P numbers a weight and does not keep the weight alive. Inside the capture
+    of a CUDA graph, and for a weight that was part of one, it is computed anew on every call.
     """
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[weight] = True
+        _cache.pop(weight, None)
+        return Gram(*compute(weight, bias), key=())
     key = _key(weight, bias)
     found: Gram | None = _cache.get(weight)
     if found is None or found.key != key:
-        found = _compute(weight.detach(), None if bias is None else bias.detach(), key)
-        _cache[weight] = found
+        found = Gram(*compute(weight, bias), key=key)
+        if weight not in _captured:
+            _cache[weight] = found
     return found
+
+
+def is_fresh(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Whether the Gram matrix of this version of the weight is cached and may be used."""
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    found: Gram | None = _cache.get(weight)
+    return found is not None and found.key == _key(weight, bias)
 
 
 def invalidate(weight: torch.Tensor) -> None:
@@ -79,25 +86,48 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _compute(weight: torch.Tensor, bias: torch.Tensor | None, key: tuple[Any, ...]) -> Gram:
-    dtype, classes = wide(weight.dtype), weight.shape[0]
-    size = weight.shape[1] + (bias is not None)
-    mean = weight.sum(0, dtype=torch.float64)
-    if bias is not None:
-        mean = torch.cat([mean, bias.sum(dtype=torch.float64)[None]])
-    mean = (mean / classes).to(dtype)
-    centred = torch.zeros(size, size, dtype=dtype, device=weight.device)
-    with torch.autocast(weight.device.type, enabled=False):
-        for start in range(0, classes, BLOCK):
-            block = weight[start : start + BLOCK].to(dtype)
+def _key(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    # The matrix is ready in the order of the stream that computed it: another stream, which need
+    # not wait for that one to read the weight, makes its own.
+    stream = None
+    if tensors[0] is not None and tensors[0].is_cuda:
+        stream = torch.cuda.current_stream(tensors[0].device).cuda_stream
+    return (
+        stream,
+        *(
+            None
+            if t is None
+            else (t.data_ptr(), 0 if t.is_inference() else t._version, t.shape, t.stride(), t.dtype)
+            for t in tensors
+        ),
+    )
+
+
+@torch.no_grad()
+def compute(
+    weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute m (P,) and Q (P, P), in fp32 or fp64; scratch is one block of rows."""
+    classes, features = weight.shape
+    size, dtype, device = features + (bias is not None), wide(weight.dtype), weight.device
+    rows = block_rows(size, dtype, device)
+    centred = torch.zeros(size, size, dtype=dtype, device=device)
+    scratch = torch.empty(min(rows, classes), size, dtype=dtype, device=device)
+    with torch.autocast(device.type, enabled=False):
+        total = torch.zeros(size, dtype=torch.float64, device=device)
+        for part in blocks(classes, rows):
+            total[:features] += weight[part].sum(0, dtype=dtype)
             if bias is not None:
-                block = torch.cat([block, bias[start : start + BLOCK, None].to(dtype)], 1)
-            block = block - mean
-            centred.addmm_(block.T, block)
-    return Gram(mean, centred, key)
-
-
-def is_fresh(weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
-    """Whether the Gram matrix of this version of the weight is cached."""
-    found: Gram | None = _cache.get(weight)
-    return found is not None and found.key == _key(weight, bias)
+                total[features] += bias[part].sum(dtype=dtype)
+        mean = (total / classes).to(dtype)
+        for part in blocks(classes, rows):
+            block = scratch[: part.stop - part.start]
+            if bias is None and weight.dtype == dtype:
+                torch.sub(weight[part], mean, out=block)
+            else:
+                block[:, :features].copy_(weight[part])
+                if bias is not None:
+                    block[:, features].copy_(bias[part])
+                block.sub_(mean)
+            add_symmetric(centred, block, block)
+    return mean, mirror(centred)

@@ -7,32 +7,17 @@ from typing import Any
 from logitless import stats
 from logitless._check import Geometry, argument_error
 from logitless._extras import torch
-from logitless.ops import inputs
+from logitless.ops import custom_ops, inputs
 from logitless.ops.row_statistics import RowStatistics, compute
+from logitless.spherical.choice import choose
 from logitless.spherical.gram import is_fresh, wide
-from logitless.spherical.statistics import gram_statistics
+from logitless.spherical.statistics import check_ids, gram_statistics
 
-__all__ = ["check_ids", "choose", "spherical_statistics"]
+__all__ = ["check_ids", "pick_route", "spherical_statistics"]
 
 ROUTES = ("auto", "stream", "gram")
 # Core statistics that the Gram route gives; any other of a request is streamed beside it.
 SPHERICAL = frozenset(("target", "sum", "sum_sq", "variance"))
-# The Gram route pays from this many rows per feature. Flops say 1/2 (8NVD against 4VD²); measured
-# break-evens lie between 0.4 and 0.7 on CPUs.
-BREAK_EVEN = 0.6
-
-
-def choose(rows: int, features: int, *, fresh: bool = False) -> str:
-    """Return the route that costs less: "gram" or "stream".
-
-    Parameters
-    ----------
-    rows, features
-        N and D of the call.
-    fresh
-        Whether the Gram matrix of the weight is cached already, which halves what the route costs.
-    """
-    return "gram" if rows >= BREAK_EVEN * features * (0.5 if fresh else 1.0) else "stream"
 
 
 def spherical_statistics(
@@ -65,17 +50,7 @@ def spherical_statistics(
         "shift": shift,
         "memory": memory,
     }
-    if route not in ROUTES:
-        raise argument_error("route", repr(route), f"one of {', '.join(ROUTES)}", "'auto' picks")
-    obstacle = _obstacle(geometry, softcap)
-    if route == "gram" and obstacle is not None:
-        raise argument_error("route", "'gram'", obstacle, "use route='stream' or 'auto'")
-    if route == "auto":
-        if obstacle is not None or torch.compiler.is_compiling():
-            route = "stream"
-        else:
-            fresh = is_fresh(linear_weight, linear_bias)
-            route = choose(geometry.rows, geometry.features, fresh=fresh)
+    route = pick_route(request, geometry, input, linear_weight, linear_bias, softcap, route=route)
     if route == "stream":
         return compute(request, geometry, input, linear_weight, target, **streamed)
     ids = (
@@ -108,6 +83,42 @@ def spherical_statistics(
     )
 
 
+def pick_route(
+    request: stats.Request,
+    geometry: Geometry,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float | None = None,
+    *,
+    route: str = "auto",
+) -> str:
+    """Check the route asked for against what it can do; for "auto", the one that costs less."""
+    if route not in ROUTES:
+        raise argument_error("route", repr(route), f"one of {', '.join(ROUTES)}", "'auto' picks")
+    obstacle = _obstacle(geometry, softcap)
+    if route == "gram" and obstacle is not None:
+        raise argument_error("route", "'gram'", obstacle, "use route='stream' or 'auto'")
+    if route != "auto":
+        return route
+    if obstacle is not None or torch._C._are_functorch_transforms_active():
+        return "stream"
+    if any(name not in SPHERICAL for name in request.core):
+        return "stream"  # the classes are visited anyway: the spherical fields come for nothing
+    grad = torch.is_grad_enabled()
+    parameters = weight.requires_grad or (bias is not None and bias.requires_grad)
+    fresh = not custom_ops.needed(input, weight, bias) and is_fresh(weight, bias)
+    return choose(
+        geometry.rows,
+        geometry.features,
+        geometry.classes,
+        device=weight.device.type,
+        dtype=weight.dtype,
+        fresh=fresh,
+        gradients=(grad and input.requires_grad, grad and parameters),
+    )
+
+
 def _obstacle(geometry: Geometry, softcap: float | None) -> str | None:
     if softcap is not None:
         return "no softcap: capped logits are not spherical"
@@ -131,9 +142,11 @@ def _gram_values(
     flat_ids = None
     if ids is not None and geometry.targets:
         flat_ids = ids.reshape(-1, geometry.targets)
-        flat_ids = torch.where(flat_ids == ignore, -1, flat_ids)
-        if not ids.is_cuda:
-            check_ids(flat_ids, geometry.classes)
+        if not (ids.is_cuda or custom_ops.needed(ids)):
+            check_ids(flat_ids, geometry.classes, ignore)
+        # An id of -1 is wrong where padding is written otherwise; -2 is wrong everywhere.
+        wrong = torch.where(flat_ids == -1, -2, flat_ids)
+        flat_ids = torch.where(flat_ids == ignore, -1, wrong)
     with torch.autocast(input.device.type, enabled=False):
         mean, variance, target = gram_statistics(
             rows.reshape(-1, geometry.features),
@@ -142,9 +155,6 @@ def _gram_values(
             flat_ids,
             streamed["logit_scale"],
         )
-    if flat_ids is not None:  # skipped rows carry safe values
-        kept = (flat_ids >= 0).any(1)
-        mean, variance = torch.where(kept, mean, 0.0), torch.where(kept, variance, 0.0)
     shape, v = geometry.rows_shape, geometry.classes
     values: dict[str, torch.Tensor] = {}
     if "target" in request.core and flat_ids is not None:
@@ -157,18 +167,6 @@ def _gram_values(
         values["mean"], values["variance"] = mean.view(shape), variance.view(shape)
     accumulation = wide(input.dtype)
     return {name: value.to(accumulation) for name, value in values.items()}
-
-
-def check_ids(ids: torch.Tensor, classes: int) -> None:
-    """Refuse an id outside [0, V); negative ids of (n, K) stand for padding only at -1."""
-    wrong = ((ids >= classes) | (ids < -1)).any(1)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
-        value = next(int(i) for i in ids[row] if int(i) >= classes or int(i) < -1)
-        raise IndexError(
-            f"target[{row}] = {value} is out of range; expected a class id in [0, {classes}), "
-            "or ignore_index for positions to skip"
-        )
 
 
 def _shifted(weight: torch.Tensor | None, geometry: Geometry, shift: int) -> torch.Tensor | None:

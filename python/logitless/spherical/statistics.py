@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from logitless._extras import torch
+from logitless.ops import custom_ops
 from logitless.spherical.accumulate import collector
 from logitless.spherical.gram import gram, wide
+from logitless.spherical.products import add_symmetric, mirror
 from logitless.spherical.structure import Structure
+
+Tensor = torch.Tensor
+Optional = torch.Tensor | None
 
 _DOUBLE = (
     "the Gram route of a spherical loss is differentiable once; for higher derivatives call the "
@@ -16,12 +21,12 @@ _DOUBLE = (
 
 
 def gram_statistics(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    ids: torch.Tensor | None,
-    logit_scale: torch.Tensor | float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    ids: Optional,
+    logit_scale: Tensor | float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of z = logit_scale · E Wᵀ + b without visiting the classes.
 
     Parameters
@@ -31,7 +36,9 @@ def gram_statistics(
     weight, bias
         W (V, D) and b (V,), any float dtype.
     ids
-        (N, K) int64; negative ids are padding, their target logit is 0. None: no targets.
+        (N, K) int64 in [0, V), or -1 for padding, whose target logit is 0; a row of padding alone
+        is skipped: zeros, no gradient, whatever its features. None: no targets. Others are refused
+        on the CPU and make their row nan on CUDA.
     logit_scale
         Float or 0-d tensor.
 
@@ -42,77 +49,219 @@ def gram_statistics(
     target : Tensor
         (N, K); (N, 0) without targets.
     """
-    features = input.to(wide(weight.dtype)) * logit_scale
-    if bias is not None:
-        features = torch.cat([features, features.new_ones(features.shape[0], 1)], 1)
+    number, scale = 1.0, None
+    if isinstance(logit_scale, torch.Tensor):
+        scale = logit_scale
+    else:
+        number = logit_scale
     if ids is None:
         ids = torch.empty(input.shape[0], 0, dtype=torch.int64, device=input.device)
-    result: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _GramStatistics.apply(
-        features, weight, bias, ids
-    )
-    return result
+    traced = custom_ops.needed(input, weight, bias, scale, ids)
+    wrong = None
+    if ids.is_cuda:
+        # Looking would wait for the device: a row with an id out of range becomes nan instead.
+        wrong = (ids >= weight.shape[0]) | (ids < -1)
+        ids = torch.where(wrong, -1, ids)
+    if traced:
+        from logitless.spherical.compiled import statistics
+
+        mean, variance, target = statistics(input, weight, bias, ids, scale, number)
+    else:
+        mean, variance, target = _GramStatistics.apply(input, weight, bias, ids, scale, number)
+    if wrong is not None:
+        target = torch.where(wrong, float("nan"), target)
+    return mean, variance, target
 
 
-def _target_rows(
-    weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor
-) -> torch.Tensor:
-    """Rows of [W, b] at (N,) ids, zeros at padding: (N, P)."""
-    kept = ids >= 0
+def check_ids(ids: Tensor, classes: int, padding: int = -1) -> None:
+    """Refuse an id of (n, K) outside [0, V) that is not ``padding``."""
+    wrong = (((ids >= classes) | (ids < 0)) & (ids != padding)).any(1)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        value = next(i for i in ids[row].tolist() if i != padding and not 0 <= i < classes)
+        raise IndexError(
+            f"target[{row}] = {value} is out of range; expected a class id in [0, {classes}), "
+            "or ignore_index for positions to skip"
+        )
+
+
+def row_values(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    ids: Tensor,
+    scale: Optional,
+    number: float,
+    mean: Tensor,
+    centred: Tensor,
+) -> tuple[Tensor, ...]:
+    """Compute mean, variance and target logits; and what backward needs: features (N, P), hQ."""
+    features = _features(input, bias, ids, scale, number, centred.dtype)
+    row_mean, product = features @ mean, features @ centred
+    variance = (product * features).sum(1).clamp_(min=0).div_(weight.shape[0])
+    target = features.new_empty(ids.shape)
+    for k in range(target.shape[1]):
+        rows, kept = _target_rows(weight, bias, ids[:, k])
+        target[:, k] = torch.where(kept, rows.mul_(features).sum(1), 0.0)
+    return row_mean, variance, target, features, product
+
+
+def d_features(
+    weight: Tensor,
+    bias: Optional,
+    ids: Tensor,
+    mean: Tensor,
+    product: Tensor,
+    cotangents: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Gradient with respect to the features, (N, P)."""
+    g_mean, per_variance, g_target = cotangents
+    out = (product * per_variance[:, None]).addr_(g_mean, mean)
+    for k in range(g_target.shape[1]):
+        out.addcmul_(g_target[:, k, None], _target_rows(weight, bias, ids[:, k])[0])
+    return out
+
+
+def structure(
+    features: Tensor,
+    ids: Tensor,
+    mean: Tensor,
+    classes: int,
+    cotangents: tuple[Tensor, Tensor, Tensor],
+) -> Structure:
+    """The parts of the weight's gradient."""
+    g_mean, per_variance, g_target = cotangents
+    size = features.shape[1]
+    multiplier = features.new_zeros(size, size)
+    add_symmetric(multiplier, features * per_variance[:, None], features)
+    mirror(multiplier)
+    addend = (g_mean / classes) @ features - multiplier @ mean
+    targets = g_target.shape[1]
+    if not targets:
+        return Structure(
+            multiplier, addend, torch.zeros_like(g_mean[:0], dtype=torch.int64), features[:0]
+        )
+    # Padding adds zeros to classes of its own choice: finding and dropping it would wait for a
+    # device, and one class for all would be a long chain of additions.
+    flat = ids.reshape(-1)
+    safe = torch.where(flat >= 0, flat, torch.arange(len(flat), device=flat.device) % classes)
+    rows = (features[:, None, :] * g_target[:, :, None]).view(len(flat), size)
+    return Structure(multiplier, addend, safe, rows)
+
+
+def masked(
+    ids: Tensor, classes: int, g_mean: Tensor, g_variance: Tensor, g_target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents of mean, of hQh (per_variance, twice) and of the targets, zeros at padding."""
+    per_variance = g_variance * (2 / classes)
+    if ids.shape[1]:
+        real = ids >= 0
+        kept = real.any(1)
+        g_mean = torch.where(kept, g_mean, 0.0)
+        per_variance = torch.where(kept, per_variance, 0.0)
+        g_target = torch.where(real, g_target, 0.0)
+    return g_mean, per_variance, g_target
+
+
+def _features(
+    input: Tensor,
+    bias: Optional,
+    ids: Tensor,
+    scale: Optional,
+    number: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of [scale · E, 1] in the dtype of the sums, zeros at skipped rows: (N, P)."""
+    rows, width = input.shape
+    features = torch.empty(rows, width + (bias is not None), dtype=dtype, device=input.device)
+    own = features[:, :width]
+    own.copy_(input)
+    if scale is not None:
+        own.mul_(scale)
+    elif number != 1.0:
+        own.mul_(number)
+    if bias is not None:
+        features[:, width] = 1.0
+    if ids.shape[1]:
+        features.masked_fill_((ids < 0).all(1)[:, None], 0.0)
+    return features
+
+
+def _target_rows(weight: Tensor, bias: Optional, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of [W, b] at (N,) ids, any row at padding, and where there is none: (N, P), (N,)."""
     safe = ids.clamp(min=0)
     rows = weight[safe].to(wide(weight.dtype))
     if bias is not None:
         rows = torch.cat([rows, bias[safe].to(rows.dtype)[:, None]], 1)
-    return torch.where(kept[:, None], rows, 0.0)
+    return rows, ids >= 0
+
+
+def input_gradients(
+    input: Tensor, scale: Optional, number: float, gradient: Tensor, needs: tuple[bool, bool]
+) -> tuple[Optional, Optional]:
+    """Gradients of input and logit_scale from those of the features, (N, P)."""
+    own = gradient[:, : input.shape[1]]
+    d_scale = None
+    if scale is not None and needs[1]:
+        # A skipped row's gradient is zero, but its input may be anything.
+        d_scale = torch.where(own == 0, 0.0, own * input).sum().to(scale)
+    if not needs[0]:
+        return None, d_scale
+    if scale is not None:
+        own = own * scale
+    elif number != 1.0:
+        own = own * number
+    return own.to(input.dtype), d_scale
 
 
 class _GramStatistics(torch.autograd.Function):
-    """(features (N, P), W, b, ids) to (mean, variance, target); saves the inputs and hQ (N, P)."""
+    """(E, W, b, ids, scale) to (mean, variance, target); keeps [E, 1] and [E, 1]Q, (N, P) each."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        features: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        ids: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        input: Tensor,
+        weight: Tensor,
+        bias: Optional,
+        ids: Tensor,
+        scale: Optional,
+        number: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         state = gram(weight, bias)
-        centred = features @ state.centred
-        mean = features @ state.mean
-        variance = (centred * features).sum(1).clamp(min=0) / weight.shape[0]
-        target = features.new_empty(ids.shape)
-        for k in range(ids.shape[1]):
-            target[:, k] = (_target_rows(weight, bias, ids[:, k]) * features).sum(1)
-        ctx.save_for_backward(features, weight, bias, ids, centred)
-        ctx.mean = state.mean
+        *statistics, features, product = row_values(
+            input, weight, bias, ids, scale, number, state.mean, state.centred
+        )
+        ctx.save_for_backward(input, weight, bias, ids, scale, features, product, state.mean)
+        ctx.number = number
+        mean, variance, target = statistics
         return mean, variance, target
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Optional, ...]:
         if torch.is_grad_enabled() and any(g.requires_grad for g in cotangents):
             raise NotImplementedError(_DOUBLE)
-        features, weight, bias, ids, centred = ctx.saved_tensors
-        g_mean, g_variance, g_target = cotangents
-        classes = weight.shape[0]
-        d_features = d_weight = d_bias = None
-        per_variance = (2 / classes) * g_variance
-        if ctx.needs_input_grad[0]:
-            d_features = torch.outer(g_mean, ctx.mean).addcmul_(per_variance[:, None], centred)
-            for k in range(ids.shape[1]):
-                rows = _target_rows(weight, bias, ids[:, k])
-                d_features.addcmul_(g_target[:, k, None], rows)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            multiplier = (features * per_variance[:, None]).T @ features
-            addend = (g_mean / classes) @ features - multiplier @ ctx.mean
-            kept = (ids >= 0).nonzero(as_tuple=True)
-            rows = features[kept[0]] * g_target[kept][:, None]
-            structure = Structure(multiplier, addend, ids[kept], rows)
+        with torch.autocast(cotangents[0].device.type, enabled=False):
+            return _GramStatistics._backward(ctx, *cotangents)
+
+    @staticmethod
+    def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Optional, ...]:
+        input, weight, bias, ids, scale, features, product, mean = ctx.saved_tensors
+        parts = masked(ids, weight.shape[0], *cotangents)
+        needs = ctx.needs_input_grad
+        d_input = d_scale = d_weight = d_bias = None
+        if needs[0] or needs[4]:
+            gradient = d_features(weight, bias, ids, mean, product, parts)
+            d_input, d_scale = input_gradients(
+                input, scale, ctx.number, gradient, (needs[0], needs[4])
+            )
+            del gradient
+        if needs[1] or needs[2]:
+            found = structure(features, ids, mean, weight.shape[0], parts)
             collecting = collector(weight)
             if collecting is not None:
-                collecting.add(structure)
+                collecting.add(found)
             else:
-                d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-                if bias is not None and ctx.needs_input_grad[2]:
-                    d_bias = torch.empty_like(bias)
-                structure.write(weight, bias, d_weight, d_bias)
-        return d_features, d_weight, d_bias, None
+                d_weight = torch.empty_like(weight) if needs[1] else None
+                d_bias = torch.empty_like(bias) if needs[2] else None
+                found.write(weight, bias, d_weight, d_bias)
+        return d_input, d_weight, d_bias, None, d_scale, None

@@ -1,0 +1,56 @@
+"""Products over all the classes, in blocks of rows: the Gram matrix and its kin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from logitless._extras import torch
+
+# Bytes of a block of widened, centred rows. On the CPU it is written and read back at once, so it
+# should stay in cache. A GPU splits the long sums of a block over its cores, and the longer they
+# are the better: at V = 793471, D = 512 an H200 takes 7.7 ms in blocks of 64 MiB, 6.5 ms of 256.
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 128 << 20}
+SMALLEST_BLOCK = 1024
+# A symmetric product computes its upper triangle in this many panels: 5/8 of the flops. Narrower
+# panels than these cost more than they save.
+PANELS = 4
+NARROWEST_PANEL = {"cpu": 32, "cuda": 128}
+
+
+def block_rows(width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a block of the given width: a function of the shape alone, as plans need it."""
+    budget = BLOCK_BYTES.get(device.type, BLOCK_BYTES["cpu"])
+    rows = budget // (width * dtype.itemsize)
+    return max(SMALLEST_BLOCK, 1 << (max(rows, 1).bit_length() - 1))
+
+
+def blocks(classes: int, rows: int) -> Iterator[slice]:
+    """Cut the classes into blocks of ``rows``, the last one shorter."""
+    for start in range(0, classes, rows):
+        yield slice(start, min(start + rows, classes))
+
+
+def add_symmetric(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add leftᵀ·right, known to be symmetric, to the upper triangle of ``out`` (P, P).
+
+    Below the diagonal ``out`` is undefined until :func:`mirror`.
+    """
+    for panel in _panels(out):
+        upper = slice(panel.start, None)
+        out[panel, upper].addmm_(left[:, panel].T, right[:, upper])
+
+
+def mirror(out: torch.Tensor) -> torch.Tensor:
+    """Copy the upper triangle of panels over the lower one."""
+    for panel in _panels(out)[:-1]:
+        out[panel.stop :, panel] = out[panel, panel.stop :].T
+    return out
+
+
+def _panels(out: torch.Tensor) -> list[slice]:
+    size = out.shape[0]
+    narrowest = NARROWEST_PANEL.get(out.device.type, NARROWEST_PANEL["cpu"])
+    count = max(1, min(PANELS, size // narrowest))
+    edges = [size * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
