@@ -55,7 +55,52 @@ extern "C" __global__ void __launch_bounds__(256) finish_repair(const __grid_con
   if (p.rest) p.rest[row_at(p.list, slot)] = rest;
   // No class but the target: nothing to store, whatever the reference. Other rows that are not finite stay so.
   if (rest == -infinity()) p.reference[slot] = infinity();
-  else if (distance >= 59.f && distance < infinity()) p.reference[slot] = rest;
+  else if (distance >= 59.f && fabsf(rest) < infinity()) p.reference[slot] = rest;  // a target at -inf too
+}
+
+extern "C" __global__ void __launch_bounds__(256) merge_rest(const __grid_constant__ MergeRestParams p) {
+  const i64 row = blockIdx.x * 256ll + threadIdx.x;
+  if (row >= p.list.total || (p.list.slots && p.list.slots[row] < 0)) return;
+  const float a = p.kept[row], b = p.rest[row], high = fmaxf(a, b), low = fminf(a, b);
+  // An infinite maximum is the result; a nan on either side stays.
+  p.rest[row] = is_nan(a) || is_nan(b) ? a + b : fabsf(high) == infinity() ? high : high + log1pf(expf(low - high));
+}
+
+// One block a slot and 8192 classes, four loads in flight a thread. From X to dz of a cross entropy: a r off the target and
+// e at it, with r = X e^(reference - rest). Normalised and flushed like the tiles that the products make.
+extern "C" __global__ void __launch_bounds__(256) stored_gradient_bf16(const __grid_constant__ StoredTileParams p) {
+  constexpr int kLoads = 4, kStep = 256 * 8;
+  const int slot = blockIdx.x, count = live_count(p.list), first = blockIdx.y * kLoads * kStep + threadIdx.x * 8;
+  if (slot >= zeroed_rows(count, p.ld_row)) return;
+  const bf16* x = (const bf16*)p.x + slot * p.x_pitch;
+  bf16* tile = (bf16*)p.tile + slot * p.tile_pitch;
+  const bool live = slot < count;
+  uint4 v[kLoads] = {};
+#pragma unroll
+  for (int k = 0; k < kLoads; k++)
+    if (live && first + k * kStep < p.width) v[k] = *(const uint4*)(x + first + k * kStep);
+  const float reference = p.reference[slot], rest = p.rest[slot];
+  // Without a class but the target every X is 0; so is every gradient of a row that does not count.
+  const float factor = !live || reference == infinity() ? 0.f : expf(reference - rest);
+  const float a = live ? p.coef[slot] * factor : 0.f, smallest = p.shift > 0.f ? exp2f(p.shift - 126.f) : 0.f;
+  const int target = live && p.target[slot] >= 0 ? p.target[slot] - p.column0 - first : -1;
+  float at_target = 0.f;
+  if (target >= 0 && target % kStep < 8) {
+    at_target = p.coef[4 * (i64)p.ld_row + slot];
+    if (at_target != 0.f) at_target *= softcap_slope(p.logits, row_at(p.list, slot), p.softcap);
+  }
+#pragma unroll
+  for (int k = 0; k < kLoads; k++) {
+    if (first + k * kStep >= p.width) return;
+    bf16* e = (bf16*)&v[k];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      const float r = widen(e[i]);
+      const float g = a * (r * factor < smallest ? 0.f : r);  // a nan stays
+      e[i] = Element<bf16>::from(k * kStep + i == target ? at_target : g);
+    }
+    *(uint4*)(tile + first + k * kStep) = v[k];
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(256) store_factors(const __grid_constant__ FactorParams p) {

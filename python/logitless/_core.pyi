@@ -400,6 +400,9 @@ class CudaPlan:
     def store_bytes(self) -> int:
         """What is kept from the forward to the backward, in the caller's memory."""
     @property
+    def lent_bytes(self) -> int:
+        """What the memory of d_weight holds from the forward on; 0: it need not exist yet."""
+    @property
     def threads_bytes(self) -> int:
         """Zero: a GPU has no scratch of threads."""
     @property
@@ -410,7 +413,11 @@ class CudaPlan:
         """Named shares of the larger workspace."""
     @property
     def mode(self) -> str:
-        """``fused``, ``stored`` (exponentials kept for the backward) or ``tiled``."""
+        """How statistics and gradients are made.
+
+        ``fused``; with exponentials kept for the backward ``stored``, or ``partly stored`` for
+        those of the first classes; ``tiled``; ``frozen``.
+        """
     @property
     def chunks(self) -> tuple[int, int]:
         """Classes of a chunk of the forward and of the backward."""
@@ -427,10 +434,20 @@ def cuda_plan(
     gradients: int,
     contiguous: bool = True,
     device: int = 0,
+    lends: int = -1,
+    compact: bool = True,
 ) -> CudaPlan:
     """Size the workspaces of a call on a device; a pure function of its arguments and the device.
 
     The arguments are those of `plan`, with ``contiguous = cuda_describable(weight)``.
+
+    Parameters
+    ----------
+    lends
+        What the forward may use that its backward will own: -1 nothing; 0 the store, which that
+        backward overwrites; 2 or 4 also d_weight, contiguous, with elements of so many bytes.
+    compact
+        The rows of d_input will follow one another, so that it can hold the packed input.
     """
 
 def cuda_forward(
@@ -452,6 +469,7 @@ def cuda_forward(
     stream: int,
     workspace: _Tensor,
     scale: _Tensor | None = None,
+    lent: _Tensor | None = None,
 ) -> None:
     """Enqueue a forward; the arguments up to `threads` are those of `forward`, on the device.
 
@@ -468,6 +486,8 @@ def cuda_forward(
     scale
         The logit scale where the device holds it, in place of `logit_scale`: one element, acc
         dtype, never read back.
+    lent
+        The memory of d_weight, where ``plan.lent_bytes`` is not 0.
 
     Raises
     ------
@@ -502,6 +522,7 @@ def cuda_backward(
     workspace: _Tensor,
     accumulate_weight: bool = False,
     scale: _Tensor | None = None,
+    lent: _Tensor | None = None,
 ) -> None:
     """Enqueue a backward; the arguments up to `threads` are those of `backward`, on the device.
 
@@ -515,6 +536,8 @@ def cuda_backward(
         Add to `d_weight` instead of overwriting it; needs the acc dtype.
     scale
         As for `cuda_forward`.
+    lent
+        What the forward was lent, also where d_weight is not wanted. It is consumed.
     """
 
 def cuda_describable(weight: _Tensor) -> bool:

@@ -99,7 +99,7 @@ def linear_cross_entropy(
         λ of the regulariser λ·lse², divided by kept rows under "mean".
     memory
         "lean"; "fast", which keeps tiles of the forward and makes the backward cheaper; or the
-        number of bytes that may be kept.
+        number of bytes that may be kept. See `logitless.row_statistics` for what lean keeps.
     return_statistics
         Return (loss, `RowStatistics`); with probabilities, its target is the most probable class.
     grad_buffer

@@ -297,6 +297,34 @@ struct SetTargetsParams {
 };
 static_assert(sizeof(SetTargetsParams) == 64, "mirror rust/gpu/src/params.rs");
 
+// merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes.
+struct MergeRestParams {
+  RowList list;
+  const float* kept;  // (N)
+  float* rest;        // (N), the output
+};
+static_assert(sizeof(MergeRestParams) == 48, "mirror rust/gpu/src/params.rs");
+
+// stored_gradient: a tile of gradients of the logits from exponentials, in place or not.
+struct StoredTileParams {
+  RowList list;
+  const float* coef;       // (5, ld_row): those of the gradient tile
+  const float* rest;       // (slots)
+  const float* reference;  // (slots): of the exponentials
+  const int* target;       // (slots)
+  const float* logits;     // (N), with a softcap: the targets' logits
+  const void* x;           // (slots, x_pitch)
+  void* tile;              // (slots, tile_pitch)
+  i64 x_pitch, tile_pitch; // elements, multiples of 8
+  int ld_row;
+  int column0;             // class of column 0
+  int width;               // classes of the tile
+  float shift;             // probabilities below 2^(shift - 126) become 0
+  float softcap;           // 0: none
+  int reserved;
+};
+static_assert(sizeof(StoredTileParams) == 128, "mirror rust/gpu/src/params.rs");
+
 // unpack_rows: packed rows back to their places; rows without a slot become 0.
 struct UnpackParams {
   RowView target;

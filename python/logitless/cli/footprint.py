@@ -154,8 +154,12 @@ def logitless(head: Head, memory: str) -> Footprint:
         cuda_plan: Any = getattr(_core, "cuda_plan", None)
         if cuda_plan is None:
             raise RuntimeError("this build has no CUDA engine")
-        plan = cuda_plan(spec, *sizes, _INPUT_AND_WEIGHT)
+        # The forward holds exponentials in a gradient of the weight in bf16.
+        lends = 2 if head.dtype == "bf16" else -1
+        plan = cuda_plan(spec, *sizes, _INPUT_AND_WEIGHT, lends=lends)
         forward = {"forward workspace": plan.forward_bytes}
+        if plan.lent_bytes:
+            forward["d weight"] = head.gradients["d weight"]
         backward = {"backward workspace": plan.backward_bytes}
     else:
         plan = _core.plan(spec, *sizes, _INPUT_AND_WEIGHT)

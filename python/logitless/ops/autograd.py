@@ -6,12 +6,14 @@ instead; a custom op alone costs more than a whole small call here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from logitless._extras import torch
 from logitless.ops import custom_ops, engine
 from logitless.ops.double_backward import double_backward
 from logitless.ops.engine import BITS, WEIGHT, Call, Tensors
+from logitless.ops.loan import offer
 
 __all__ = ["gradient_mask", "in_forward_mode", "statistics", "wanted_bits"]
 
@@ -93,8 +95,14 @@ class _RowStatistics(_Refusals):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Optional, ...]:
         """Return the fields, then the store (None for none)."""
-        output = _compute(*arguments)
+        *tensors, call = arguments
+        loan = offer(call, tensors[1])
+        fields, store = engine.forward(call, Tensors(*tensors), loan)
+        output = (*fields, store)
         _keep(ctx, arguments, output)
+        # Not among the saved tensors: the backward writes to it.
+        ctx.loan = loan
+        ctx.borrowed = loan is not None and loan.store is not None
         return output
 
     @staticmethod
@@ -103,11 +111,17 @@ class _RowStatistics(_Refusals):
         saved = ctx.saved_tensors  # once: checkpointing recomputes on each access
         tensors, fields, store = Tensors(*saved[:7]), saved[7:-1], saved[-1]
         wanted = wanted_bits(ctx.call, ctx.needs_input_grad[:5])
+        call, loan = ctx.call, None
+        if ctx.borrowed:
+            # Good for one backward; another one, or its derivative, recomputes.
+            loan, ctx.loan = ctx.loan, None
+            if loan is None or torch.is_grad_enabled():
+                call, loan = replace(call, memory=0), None
         if not torch.is_grad_enabled():
-            gradients = engine.backward(ctx.call, wanted, tensors, store, fields, cotangents[:-1])
+            gradients = engine.backward(call, wanted, tensors, store, fields, cotangents[:-1], loan)
         else:
             gradients = _RowStatisticsBackward.apply(
-                *tensors, store, ctx.call, wanted, *fields, *cotangents[:-1]
+                *tensors, store, call, wanted, *fields, *cotangents[:-1]
             )
         return (*gradients, None, None, None)
 
@@ -118,18 +132,15 @@ class _Transformed(_RowStatistics):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Optional, ...]:
         """Return the fields, then the store (None for none)."""
-        return _compute(*arguments)
+        *tensors, call = arguments
+        fields, store = engine.forward(call, Tensors(*tensors))
+        return (*fields, store)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         """Keep what the backward needs."""
         _keep(ctx, inputs, output)
-
-
-def _compute(*arguments: Any) -> tuple[Optional, ...]:
-    *tensors, call = arguments
-    fields, store = engine.forward(call, Tensors(*tensors))
-    return (*fields, store)
+        ctx.borrowed = False
 
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:

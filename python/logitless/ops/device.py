@@ -35,11 +35,14 @@ def check(device: torch.device) -> None:
     )
 
 
-def plan(device: torch.device, weight: Handle, *arguments: Any) -> Any:
-    """Size a call on `device`; cached. `arguments` are those of `_core.plan` up to gradients."""
+def plan(device: torch.device, weight: Handle, gradients: tuple[int, bool], *arguments: Any) -> Any:
+    """Size a call on `device`; cached. `arguments` are those of `_core.plan` up to gradients.
+
+    `gradients` are `lends` and `compact` of `_core.cuda_plan`; a CPU borrows nothing.
+    """
     if device.type == "cuda":
         describable = _CUDA.cuda_describable(weight)
-        return _cached("cuda_plan", *arguments, describable, _index(device))
+        return _cached("cuda_plan", *arguments, describable, _index(device), *gradients)
     return _cached("plan", *arguments)
 
 
@@ -48,12 +51,21 @@ def _cached(name: str, *arguments: Any) -> Any:
     return getattr(_core, name)(*arguments)
 
 
-def forward(device: torch.device, plan: Any, *arguments: Any, scale: Handle | None = None) -> None:
-    """Run `_core.forward`, or its CUDA twin. `scale`: a logit scale that lives on the device."""
+def forward(
+    device: torch.device,
+    plan: Any,
+    *arguments: Any,
+    scale: Handle | None = None,
+    lent: Handle | None = None,
+) -> None:
+    """Run `_core.forward`, or its CUDA twin.
+
+    `scale` is a logit scale that lives on the device, `lent` the memory of d_weight.
+    """
     if device.type == "cuda":
         scratch = torch.empty(plan.forward_bytes, dtype=torch.uint8, device=device)
         launch = _launch(device, plan, scratch)
-        _CUDA.cuda_forward(*arguments, *launch, **_options(scale=scale))
+        _CUDA.cuda_forward(*arguments, *launch, **_options(scale=scale, lent=lent))
     else:
         _CPU.forward(*arguments, plan, torch.get_num_threads())
 
@@ -64,12 +76,13 @@ def backward(
     *arguments: Any,
     scale: Handle | None = None,
     accumulate_weight: bool | None = None,
+    lent: Handle | None = None,
 ) -> None:
     """Run `_core.backward`, or its CUDA twin, which can add to d_weight."""
     if device.type == "cuda":
         scratch = torch.empty(plan.backward_bytes, dtype=torch.uint8, device=device)
         launch = _launch(device, plan, scratch)
-        options = _options(scale=scale, accumulate_weight=accumulate_weight)
+        options = _options(scale=scale, accumulate_weight=accumulate_weight, lent=lent)
         _CUDA.cuda_backward(*arguments, *launch, **options)
     else:
         _CPU.backward(*arguments, plan, torch.get_num_threads())

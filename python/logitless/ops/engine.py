@@ -17,6 +17,7 @@ from logitless._arrays import Handle, torch_code, torch_handle
 from logitless._extras import torch
 from logitless.ops import device as device_calls
 from logitless.ops import layout
+from logitless.ops.loan import NOTHING, Loan
 
 __all__ = [
     "BIAS",
@@ -92,7 +93,7 @@ def store_bytes(call: Call, device: torch.device, weight: Handle) -> int:
         return 0
     if call.memory == -1 and not keeps_when_lean(call, device):
         return 0
-    size: int = _plan(call, device, weight).store_bytes
+    size: int = _plan(call, device, weight, NOTHING).store_bytes
     return size
 
 
@@ -101,11 +102,13 @@ def keeps_when_lean(call: Call, device: torch.device) -> bool:
     return call.gradients == INPUT and device.type == "cuda" and call.dtype is torch.bfloat16
 
 
-def forward(call: Call, tensors: Tensors) -> tuple[tuple[Tensor, ...], Optional]:
+def forward(
+    call: Call, tensors: Tensors, loan: Loan | None = None
+) -> tuple[tuple[Tensor, ...], Optional]:
     """Compute the statistics of a call.
 
     Returns the core's fields in order, and the store: what `memory` lets the forward keep for the
-    backward, or None.
+    backward, or None. A `loan` is filled instead, if a plan makes use of it.
     """
     rows, device = call.rows, tensors.input.device
     positions = list(product(*map(range, call.positions)))
@@ -118,12 +121,14 @@ def forward(call: Call, tensors: Tensors) -> tuple[tuple[Tensor, ...], Optional]
         )
         for _, columns, integer in call.fields
     ]
-    store = None
+    store = store_handle = None
     if rows:
-        problem = Problem(call, tensors)
-        if size := store_bytes(call, device, problem.head):
+        problem = Problem(call, tensors, loan)
+        if loan is not None and loan.take(problem.plan, tensors.weight):
+            store_handle = _handle(loan.store)
+        elif size := store_bytes(call, device, problem.head):
             store = torch.empty(size, dtype=torch.uint8, device=device)
-        store_handle = None if store is None else torch_handle(store)
+            store_handle = torch_handle(store)
         for index, position in enumerate(positions):
             device_calls.forward(
                 device,
@@ -135,6 +140,7 @@ def forward(call: Call, tensors: Tensors) -> tuple[tuple[Tensor, ...], Optional]
                 ),
                 store_handle,
                 scale=problem.device_scale,
+                lent=None if loan is None else _handle(loan.d_weight),
             )
     return tuple(
         layout.to_rows(output, call.rows_shape, count, columns)
@@ -149,19 +155,21 @@ def backward(
     store: Optional,
     fields: tuple[Tensor, ...],
     cotangents: tuple[Optional, ...],
+    loan: Loan | None = None,
 ) -> tuple[Optional, Optional, Optional, Optional, Optional]:
     """Turn the cotangents of the fields into the wanted gradients.
 
     Returns those of (input, weight, bias, scale, dense), None where not `wanted`: in the dtype of
-    their tensors, rounded once from the accumulation dtype.
+    their tensors, rounded once from the accumulation dtype. A `loan` that the forward took ends
+    here: its memory is then that of the gradients.
     """
     rows, accumulation = call.rows, call.accumulation
     positions = list(product(*map(range, call.positions)))
     count = len(positions)
-    slots = Slots(call, wanted, tensors)
+    slots = Slots(call, wanted, tensors, loan)
     if not rows:
         return slots.zero().results()
-    problem = Problem(call, tensors)
+    problem = Problem(call, tensors, loan)
     columns = [c for _, c, _ in call.fields]
     saved = [
         layout.to_positions(field, count, c, field.dtype)
@@ -184,11 +192,12 @@ def backward(
                 None if g is None else layout.field_handle(g, index, rows, c)
                 for g, c in zip(given, columns, strict=True)
             ),
-            None if store is None else torch_handle(store),
+            _handle(store if loan is None else loan.store),
             *slots.handles(index, position),
             index > 0,
             scale=problem.device_scale,
             accumulate_weight=slots.accumulates,
+            lent=None if loan is None else _handle(loan.d_weight),
         )
     return slots.results()
 
@@ -196,7 +205,7 @@ def backward(
 class Slots:
     """The gradients that a backward fills: allocated, handed out as handles, finished."""
 
-    def __init__(self, call: Call, wanted: int, tensors: Tensors) -> None:
+    def __init__(self, call: Call, wanted: int, tensors: Tensors, loan: Loan | None = None) -> None:
         self.call = call
         self.likes = tensors
         input, weight, bias, scale, dense = tensors[:5]
@@ -214,6 +223,8 @@ class Slots:
             # CUDA kernels add to the buffer; the CPU's sums are added to it at the end.
             self.accumulates = True if input.is_cuda else None
             self.weight = call.grad_buffer if input.is_cuda else torch.empty_like(call.grad_buffer)
+        elif wanted & WEIGHT and loan is not None and loan.d_weight is not None:
+            self.weight = loan.d_weight
         elif wanted & WEIGHT:
             self.weight = torch.empty_like(weight, dtype=self._dtype(weight))
         if wanted & BIAS and bias is not None:
@@ -271,7 +282,7 @@ class Slots:
 class Problem:
     """The inputs of a call as the engine takes them; keeps alive what its handles point into."""
 
-    def __init__(self, call: Call, tensors: Tensors) -> None:
+    def __init__(self, call: Call, tensors: Tensors, loan: Loan | None = None) -> None:
         input, weight, bias, scale, dense, ids, vectors = tensors
         self.call = call
         self.rows = call.rows
@@ -298,7 +309,7 @@ class Problem:
         )
         self.vectors = None if vectors is None else torch_handle(vectors)
         self.head = layout.class_handle(self.weight, (0,) * len(call.positions))
-        self.plan = _plan(call, input.device, self.head)
+        self.plan = _plan(call, input.device, self.head, NOTHING if loan is None else loan.lends)
 
     def arguments(self, index: int, position: tuple[int, ...]) -> tuple[Any, ...]:
         """The leading arguments that the core's forward and backward share."""
@@ -319,10 +330,15 @@ class Problem:
         )
 
 
-def _plan(call: Call, device: torch.device, weight: Handle) -> Any:
+def _handle(tensor: Optional) -> Handle | None:
+    return None if tensor is None else torch_handle(tensor)
+
+
+def _plan(call: Call, device: torch.device, weight: Handle, lends: int) -> Any:
     return device_calls.plan(
         device,
         weight,
+        (lends, not call.shift),
         stats.core_spec(call.core, call.powers, call.vectors, call.topk, call.targets),
         call.rows,
         weight[2][1],

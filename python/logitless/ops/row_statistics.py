@@ -60,7 +60,10 @@ def row_statistics(
         Position t predicts target t + shift: fields have the last axis T - shift.
     memory
         "lean"; "fast", which keeps tiles of the forward and makes the backward cheaper; or
-        the number of bytes that may be kept.
+        the number of bytes that may be kept. On CUDA in bfloat16, lean keeps what fits into memory
+        of the backward's own: the forward of a cross entropy allocates the weight's gradient and
+        holds exponentials in it. That serves the first backward through a graph; another one
+        recomputes, and so do torch.compile, torch.func and checkpointing.
     grad_buffer
         float32 (float64 for float64 inputs) of linear_weight's shape: each backward adds the
         weight's gradient to it, unrounded, and returns none for linear_weight, whose ``grad`` and

@@ -15,15 +15,17 @@ use crate::error::Result;
 use crate::forward::{check_store, check_workspace, logits};
 use crate::frozen;
 use crate::launch::{Stream, suffix};
-use crate::layout::{Arena, BackwardLayout, Geometry, padded, pitch};
+use crate::layout::{Arena, BackwardLayout, Geometry, StoreLayout, padded, pitch};
 use crate::params::{self, Fields, RowList, RowView, Scalars};
 use crate::plan::{Path, Plan};
 use crate::product::{Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
-use crate::stored::Stored;
+use crate::share::Lends;
+use crate::stored::{Exponentials, Stored, check_lent, gradient_tile, kept};
 
 /// Turns cotangents of the outputs into gradients of the wanted operands.
 ///
-/// `accumulate_weight` adds to a gradient of the weight of the accumulation type.
+/// `accumulate_weight` adds to a gradient of the weight of the accumulation type. `lender` is what the
+/// forward was lent; the gradient of the weight, if wanted, is that memory.
 ///
 /// # Errors
 /// As for [`crate::forward`].
@@ -44,6 +46,7 @@ pub unsafe fn backward(
     workspace: &Tensor,
     store: Option<&Tensor>,
     scale: Option<&Tensor>,
+    lender: Option<&Tensor>,
 ) -> Result<()> {
     let stream = Stream::enter(device, stream)?;
     let call = Call::new(spec, problem, scale, plan, &stream)?;
@@ -70,27 +73,44 @@ pub unsafe fn backward(
         .as_ref()
         .filter(|_| g.may_borrow() && !gradients.accumulate_input)
         .and_then(|d_input| lend(&call, d_input));
-    let width = BackwardLayout::widest(&g, plan.backward_bytes, lent.is_some()).min(plan.chunks.1);
-    if width == 0 && call.rows > 0 {
+    let partly = g.share.classes() > 0;
+    // A gradient of the input that the plan counts on but is not asked for leaves its sums' memory free.
+    let borrow =
+        lent.is_some() || (g.share.overwrites() && g.may_borrow() && gradients.input.is_none());
+    let width = BackwardLayout::widest(&g, plan.backward_bytes, borrow).min(plan.chunks.1);
+    if width == 0 && call.rows > 0 && plan.chunks.1 > 0 {
         let expected = "a plan with more memory, or a contiguous gradient of the input, which lends its memory";
         return Err(value("workspace", format!("{} bytes", plan.backward_bytes), expected.into()));
     }
     let mut arena = Arena::at(workspace.address());
-    let layout = BackwardLayout::lay(&mut arena, &g, width, lent.is_some());
+    let mut layout = BackwardLayout::lay(&mut arena, &g, width, borrow);
+    let mut pieces = Vec::new();
+    let mut store_reference = 0;
+    let mut list = call.live_rows(layout.list);
+    if partly {
+        let lender = check_lent(lender, &call, &g)?;
+        let at = StoreLayout::lay(&mut Arena::at(check_store(store, plan)?), &g);
+        (pieces, store_reference) = (kept(&call, &g, &at, lender), at.reference);
+        // Exponentials were kept of the forward's rows.
+        list =
+            if call.targets().has_ignore != 0 { call.live_rows(at.list) } else { call.all_rows() };
+        if g.share.overwrites() {
+            layout.dx = at.x;
+        }
+    }
     let scalars = |field: usize| layout.scalars + field;
     let double = call.dtype == DType::F64;
     let run = Backward {
         saved: fields,
         grad,
-        list: call.live_rows(layout.list),
-        packed: match (lent, layout.packed) {
-            (Some(lent), _) => lent,
-            (None, Some(address)) => {
-                Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
-            }
-            (None, None) => unreachable!("the layout has one unless it was lent"),
-        },
+        list,
+        packed: lent.unwrap_or_else(|| {
+            let address = layout.packed.unwrap_or(layout.sums);
+            Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
+        }),
         packed_rows: if lent.is_some() { call.rows } else { padded(call.rows) },
+        pieces,
+        store_reference,
         sums: Matrix::packed(layout.sums, call.acc, call.features, pitch(call.features, call.acc)),
         alpha: scalars(if double {
             offset_of!(Scalars, g_scale_wide)
@@ -125,6 +145,9 @@ struct Backward<'a> {
     list: RowList,
     packed: Matrix,
     packed_rows: usize,
+    /// Classes whose exponentials were kept: the first ones; and what the exponentials are relative to.
+    pieces: Vec<Exponentials>,
+    store_reference: usize,
     sums: Matrix,
     /// Device scalars: largest cotangent times the logit scale, in accumulators; largest cotangent, in double.
     alpha: usize,
@@ -146,7 +169,13 @@ impl Backward<'_> {
             if fused {
                 self.coefficients()?;
             }
-            for first in (0..call.classes).step_by(self.width) {
+            for piece in &self.pieces {
+                let tile = self.stored_tile(piece)?;
+                let weight = call.weight.rows_from(piece.first);
+                self.products(tile, weight, piece.first, piece.count)?;
+            }
+            let made: usize = self.pieces.iter().map(|piece| piece.count).sum();
+            for first in (made..call.classes).step_by(self.width.max(1)) {
                 let count = self.width.min(call.classes - first);
                 let copy = self.layout.copy.map(|address| {
                     Matrix::packed(
@@ -162,17 +191,53 @@ impl Backward<'_> {
                 } else {
                     self.tiled_tile(weight, bias, first, count)?;
                 }
-                self.bias_gradient(first, count)?;
-                if let Some(d_weight) = &gradients.weight {
-                    self.weight_gradient(Matrix::of(d_weight).rows_from(first), count)?;
-                }
-                if gradients.input.is_some() || gradients.scale.is_some() {
-                    self.input_gradient(weight, first, count)?;
-                }
+                self.products(self.dx(), weight, first, count)?;
             }
             self.scale_gradient()?;
             self.scatter()
         }
+    }
+
+    /// What the gradients take from a tile of logit gradients.
+    unsafe fn products(
+        &self,
+        tile: Matrix,
+        weight: Matrix,
+        first: usize,
+        count: usize,
+    ) -> Result<()> {
+        // SAFETY: operands checked, buffers of the layout.
+        unsafe {
+            self.bias_gradient(tile, first, count)?;
+            if let Some(d_weight) = &self.gradients.weight {
+                self.weight_gradient(tile, Matrix::of(d_weight).rows_from(first), count)?;
+            }
+            if self.gradients.input.is_some() || self.gradients.scale.is_some() {
+                self.input_gradient(tile, weight, first, count)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The gradient tile of kept classes: in place where the exponentials may go.
+    unsafe fn stored_tile(&self, piece: &Exponentials) -> Result<Matrix> {
+        let tile = match self.call.plan.share.lends {
+            Lends::Nothing => self.dx(),
+            _ => piece.x,
+        };
+        let params = params::StoredTile {
+            coef: self.layout.coef,
+            rest: self.layout.reference,
+            reference: self.store_reference,
+            target: self.layout.target,
+            logits: self.saved.target,
+            shift: flush_shift(self.call.classes),
+            softcap: self.call.problem.softcap as f32,
+            ..params::StoredTile::default()
+        };
+        // SAFETY: buffers of the layouts.
+        unsafe { gradient_tile(self.call, self.list, piece, tile, params)? };
+        Ok(tile)
     }
 
     /// Lists the live rows and makes the scalars.
@@ -196,9 +261,10 @@ impl Backward<'_> {
             targets: call.targets(),
             live: layout.live,
             block_max: if normalise { layout.block_max } else { 0 },
-            rows: self.list.rows,
-            slots: self.list.slots,
-            count: self.list.count,
+            // Rows of which something was kept are listed already.
+            rows: if self.pieces.is_empty() { self.list.rows } else { 0 },
+            slots: if self.pieces.is_empty() { self.list.slots } else { 0 },
+            count: if self.pieces.is_empty() { self.list.count } else { 0 },
             scalars: layout.scalars,
             total: call.rows as i64,
             blocks: if normalise { blocks as i64 } else { 0 },
@@ -326,14 +392,14 @@ impl Backward<'_> {
         }
     }
 
-    unsafe fn bias_gradient(&self, first: usize, count: usize) -> Result<()> {
+    unsafe fn bias_gradient(&self, tile: Matrix, first: usize, count: usize) -> Result<()> {
         let Some(d_bias) = &self.gradients.bias else { return Ok(()) };
         let mut out = vector(d_bias);
         out.data = out.data.wrapping_add_signed(
             first as isize * out.row_stride as isize * d_bias.dtype().size() as isize,
         );
         let params = params::ColumnSum {
-            tile: self.dx().any(),
+            tile: tile.any(),
             out,
             count: self.list.count,
             factor: self.factor,
@@ -346,7 +412,7 @@ impl Backward<'_> {
     }
 
     /// Rows of the weight's gradient: dxᵀ E.
-    unsafe fn weight_gradient(&self, d_weight: Matrix, count: usize) -> Result<()> {
+    unsafe fn weight_gradient(&self, tile: Matrix, d_weight: Matrix, count: usize) -> Result<()> {
         let call = self.call;
         let facts = &call.stream.device.facts;
         let find = |operation| choose(facts, operation, call.dtype, false, count, call.features);
@@ -357,7 +423,7 @@ impl Backward<'_> {
         });
         let out = sums.unwrap_or(d_weight);
         let operation = if out.dtype == DType::F32 { Operation::DwF32 } else { Operation::Dw };
-        let operands = Operands { a: self.dx(), b: self.packed, d: Some(out) };
+        let operands = Operands { a: tile, b: self.packed, d: Some(out) };
         let accumulate = self.accumulate_weight && apart.is_none();
         match find(operation).filter(|_| out.describable() && self.packed.describable()) {
             Some(choice) => {
@@ -413,10 +479,16 @@ impl Backward<'_> {
     }
 
     /// Adds dx W of the chunk to the sums of the input's gradient.
-    unsafe fn input_gradient(&self, weight: Matrix, first: usize, count: usize) -> Result<()> {
+    unsafe fn input_gradient(
+        &self,
+        tile: Matrix,
+        weight: Matrix,
+        first: usize,
+        count: usize,
+    ) -> Result<()> {
         let call = self.call;
         let facts = &call.stream.device.facts;
-        let operands = Operands { a: self.dx(), b: weight, d: Some(self.sums) };
+        let operands = Operands { a: tile, b: weight, d: Some(self.sums) };
         match choose(facts, Operation::DeF32, call.dtype, false, call.rows, call.features)
             .filter(|_| weight.describable())
         {

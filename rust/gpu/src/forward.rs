@@ -16,6 +16,8 @@ use crate::stored;
 
 /// Computes the statistics of `spec` for every row and writes them to `outputs`.
 ///
+/// `lent` is the memory of the weight's gradient, where the plan was told of it.
+///
 /// Enqueues work on `stream` and returns; all tensors are on `device`. A row with an id out of
 /// range is nan.
 ///
@@ -36,6 +38,7 @@ pub unsafe fn forward(
     workspace: &Tensor,
     store: Option<&Tensor>,
     scale: Option<&Tensor>,
+    lent: Option<&Tensor>,
 ) -> Result<()> {
     let stream = Stream::enter(device, stream)?;
     let call = Call::new(spec, problem, scale, plan, &stream)?;
@@ -45,12 +48,18 @@ pub unsafe fn forward(
     if call.rows == 0 {
         return Ok(());
     }
-    if plan.stored || plan.frozen {
+    if plan.frozen {
         let fields = call.fields(outputs.iter().map(Some));
         let (store, workspace) = (check_store(store, plan)?, workspace.address());
-        let run = if plan.frozen { frozen::forward } else { stored::forward };
         // SAFETY: the caller's promise.
-        return unsafe { run(&call, &g, fields, store, workspace) };
+        return unsafe { frozen::forward(&call, &g, fields, store, workspace) };
+    }
+    if plan.stored || g.share.classes() > 0 {
+        let fields = call.fields(outputs.iter().map(Some));
+        let store = check_store(store, plan)?;
+        let lent = stored::check_lent(lent, &call, &g)?;
+        // SAFETY: the caller's promise.
+        return unsafe { stored::forward(&call, &g, fields, store, lent, workspace.address()) };
     }
     let mut arena = Arena::at(workspace.address());
     let layout = ForwardLayout::lay(&mut arena, &g, plan.chunks.0);

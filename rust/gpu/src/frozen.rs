@@ -373,6 +373,7 @@ pub(crate) unsafe fn backward(
 mod tests {
     use super::*;
     use crate::plan::plan_for;
+    use crate::share::Outputs;
 
     fn h200() -> Facts {
         Facts { name: "test".into(), capability: (9, 0), multiprocessors: 132, shared: 232_448 }
@@ -381,7 +382,19 @@ mod tests {
     fn make(rows: usize, features: usize, classes: usize, memory: Memory, gradients: u32) -> Plan {
         let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
         let dtype = DType::Bf16;
-        plan_for(&spec, rows, features, classes, dtype, memory, gradients, true, &h200()).unwrap()
+        plan_for(
+            &spec,
+            rows,
+            features,
+            classes,
+            dtype,
+            memory,
+            gradients,
+            true,
+            &h200(),
+            Outputs::default(),
+        )
+        .unwrap()
     }
 
     #[test]

@@ -9,6 +9,7 @@ use crate::driver::Facts;
 use crate::params::FIXED_SLOTS;
 use crate::plan::{Path, Plan, partials};
 use crate::product::choose;
+use crate::share::{Lends, Share};
 
 /// Rows of a buffer that tensor-core tiles write whole.
 pub(crate) fn padded(rows: usize) -> usize {
@@ -59,11 +60,16 @@ pub(crate) struct Geometry {
     pub state: usize,
     /// Classes a column of partials.
     pub part_columns: usize,
+    /// The classes whose exponentials are kept, where that is not all or none.
+    pub share: Share,
+    /// Rows of the input's gradient follow one another.
+    pub compact: bool,
 }
 
 impl Geometry {
     pub fn new(spec: &Spec, plan: &Plan, facts: &Facts) -> Geometry {
-        let Plan { rows, features, classes, dtype, path, direct_weight, gradients, .. } = *plan;
+        let Plan { rows, features, classes, dtype, path, .. } = *plan;
+        let Plan { direct_weight, gradients, share, compact, .. } = *plan;
         let operation = partials(path);
         let part_columns = choose(facts, operation, dtype, false, rows, classes)
             .map_or(64, |choice| choice.part_columns());
@@ -78,6 +84,8 @@ impl Geometry {
             gradients,
             state,
             part_columns,
+            share,
+            compact,
         }
     }
 
@@ -96,7 +104,17 @@ impl Geometry {
 
     /// Whether the gradient of the input is a buffer that can hold the packed input until it is written.
     pub fn may_borrow(&self) -> bool {
-        self.wants(wanted::INPUT) && pitch(self.features, self.dtype) == self.features
+        self.compact
+            && self.wants(wanted::INPUT)
+            && pitch(self.features, self.dtype) == self.features
+    }
+
+    /// Bytes of the weight's gradient, where it lends them.
+    pub fn lender_bytes(&self) -> usize {
+        match self.share.lends {
+            Lends::Weight(element) => self.classes * self.features * element,
+            _ => 0,
+        }
     }
 
     /// Elements of a row of the store.
@@ -218,6 +236,8 @@ impl BackwardLayout {
         let z = arena.take("logits", if g.path == Path::Tiled { acc * rows * width } else { 0 });
         let dx = if g.path == Path::Tiled && in_place {
             z
+        } else if g.share.overwrites() {
+            0 // the store's
         } else {
             arena.take("logit gradients", size * rows * width)
         };
@@ -254,7 +274,10 @@ impl BackwardLayout {
         };
         // Sizes are linear in the width, and 64 classes of any buffer fill whole alignment steps.
         let (fixed, step) = (used(0), used(64) - used(0));
-        bytes.saturating_sub(fixed) / step * 64
+        match bytes.checked_sub(fixed) {
+            Some(_) if step == 0 => usize::MAX, // nothing grows with it
+            left => left.unwrap_or(0) / step.max(1) * 64,
+        }
     }
 }
 
@@ -268,13 +291,29 @@ pub(crate) struct StoreLayout {
 }
 
 impl StoreLayout {
-    pub fn lay(arena: &mut Arena, g: &Geometry) -> StoreLayout {
+    /// Without exponentials.
+    pub fn lay_lists(arena: &mut Arena, g: &Geometry) -> StoreLayout {
         let rows = padded(g.rows);
         StoreLayout {
             list: ListBuffers::lay(arena, g.rows),
             target: arena.take("targets", 4 * rows),
             reference: arena.take("targets", 4 * rows),
-            x: arena.take("exponentials", g.dtype.size() * rows * g.store_pitch()),
+            x: 0,
+        }
+    }
+
+    pub fn lay(arena: &mut Arena, g: &Geometry) -> StoreLayout {
+        let rows = padded(g.rows);
+        let lists = StoreLayout::lay_lists(arena, g);
+        StoreLayout {
+            x: arena.take(
+                "exponentials",
+                match g.share.classes() {
+                    0 => g.dtype.size() * rows * g.store_pitch(),
+                    _ => g.share.own_bytes(g.rows),
+                },
+            ),
+            ..lists
         }
     }
 }
@@ -289,20 +328,31 @@ pub(crate) struct StoredForwardLayout {
     pub gate: usize,
     /// The target's logits, where they are not an output.
     pub logits: usize,
+    /// `rest` over the kept classes, where that is not all of it.
+    pub rest: usize,
 }
 
 impl StoredForwardLayout {
     pub fn lay(arena: &mut Arena, g: &Geometry) -> StoredForwardLayout {
         let (rows, blocks) = (padded(g.rows), g.rows.div_ceil(256));
+        let partly = g.share.classes() > 0;
         StoredForwardLayout {
             packed: arena.take("packed input", g.packed_bytes()),
             bias: arena.take("bias", 4 * g.classes),
-            // One plane of sums; a repair needs two, of maxima and sums.
-            part: arena.take("partials", 2 * 4 * g.classes.div_ceil(g.part_columns) * rows),
+            // One plane of sums; a repair and the classes that are not kept need two, of maxima and sums.
+            part: arena.take("partials", 2 * 4 * StoredForwardLayout::tiles(g) * rows),
             flags: arena.take("repair", 4 * blocks),
             gate: arena.take("repair", 4 * (blocks + 1)),
             logits: arena.take("targets", 4 * rows),
+            rest: arena.take("targets", if partly { 4 * g.rows } else { 0 }),
         }
+    }
+
+    /// Columns of partials: the kept classes are through with theirs before the others begin.
+    fn tiles(g: &Geometry) -> usize {
+        let kept: usize =
+            g.share.pieces(g.rows, 0).map(|piece| piece.count.div_ceil(g.part_columns)).sum();
+        kept.max((g.classes - g.share.classes()).div_ceil(g.part_columns))
     }
 }
 

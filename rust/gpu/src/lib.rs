@@ -30,6 +30,7 @@ mod layout;
 mod params;
 mod plan;
 mod product;
+mod share;
 mod stored;
 
 pub use backward::backward;
@@ -37,3 +38,4 @@ pub use error::{Error, Result};
 pub use forward::forward;
 pub use info::{DeviceInfo, Info, info, warm_up};
 pub use plan::{Plan, describable, plan};
+pub use share::{Lends, Outputs};

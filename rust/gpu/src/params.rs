@@ -394,6 +394,39 @@ pub struct SetTargets {
 }
 const _: () = assert!(size_of::<SetTargets>() == 64);
 
+/// `merge_rest`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct MergeRest {
+    pub list: RowList,
+    pub kept: usize,
+    pub rest: usize,
+}
+const _: () = assert!(size_of::<MergeRest>() == 48);
+
+/// `stored_gradient_bf16`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct StoredTile {
+    pub list: RowList,
+    pub coef: usize,
+    pub rest: usize,
+    pub reference: usize,
+    pub target: usize,
+    pub logits: usize,
+    pub x: usize,
+    pub tile: usize,
+    pub x_pitch: i64,
+    pub tile_pitch: i64,
+    pub ld_row: i32,
+    pub column0: i32,
+    pub width: i32,
+    pub shift: f32,
+    pub softcap: f32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<StoredTile>() == 128);
+
 /// `unpack_rows_*`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]

@@ -14,6 +14,7 @@ use crate::layout::{
 };
 use crate::params::MAX_POWERS;
 use crate::product::{Matrix, Operation, choose, exists};
+use crate::share::{LAUNCH, Lends, Outputs, Prices, Share};
 
 /// Where statistics are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,17 +44,28 @@ pub struct Plan {
     pub store_bytes: usize,
     /// Named shares of the workspaces.
     pub parts: Vec<(&'static str, usize)>,
-    /// `frozen`, `stored`, `fused` or `tiled`.
+    /// `frozen`, `stored`, `partly stored`, `fused` or `tiled`.
     pub mode: &'static str,
     /// Classes a chunk, forward and backward.
     pub chunks: (usize, usize),
     pub(crate) path: Path,
     pub(crate) direct_weight: bool,
     pub(crate) gradients: u32,
-    /// Exponentials are kept from the forward to the backward.
+    /// Exponentials of every class are kept from the forward to the backward.
     pub(crate) stored: bool,
     /// The forward makes the input's gradient but for factors.
     pub(crate) frozen: bool,
+    /// The classes whose exponentials are kept, where that is not all or none.
+    pub(crate) share: Share,
+    /// The gradient of the input can hold the packed input.
+    pub(crate) compact: bool,
+}
+
+impl Plan {
+    /// Bytes of exponentials that the memory of the weight's gradient holds from the forward on.
+    pub fn lent_bytes(&self) -> usize {
+        self.share.lent_bytes(self.rows)
+    }
 }
 
 /// Whether tensor-core kernels can read a weight in place; otherwise plans need `contiguous = false`.
@@ -72,7 +84,8 @@ pub(crate) fn partials(path: Path) -> Operation {
 
 /// Sizes the workspaces of a forward and its backward on a device.
 ///
-/// `contiguous` says that the weight is [`describable`]; if not, chunks of it are copied.
+/// `contiguous` says that the weight is [`describable`]; if not, chunks of it are copied. `outputs`
+/// says what the memory of the gradients may serve for before they are written.
 ///
 /// # Errors
 /// A parameter beyond what the kernels take, or no usable device.
@@ -87,9 +100,10 @@ pub fn plan(
     gradients: u32,
     contiguous: bool,
     device: usize,
+    outputs: Outputs,
 ) -> Result<Plan> {
     let facts = &driver::device(device)?.facts;
-    plan_for(spec, rows, features, classes, dtype, memory, gradients, contiguous, facts)
+    plan_for(spec, rows, features, classes, dtype, memory, gradients, contiguous, facts, outputs)
 }
 
 /// `plan` on a device of the given facts.
@@ -104,6 +118,7 @@ pub(crate) fn plan_for(
     gradients: u32,
     contiguous: bool,
     facts: &Facts,
+    outputs: Outputs,
 ) -> Result<Plan> {
     let limit = |argument, value: usize, most: usize| {
         let expected = format!("at most {most} on CUDA");
@@ -135,6 +150,8 @@ pub(crate) fn plan_for(
         gradients,
         stored: false,
         frozen: false,
+        share: Share::default(),
+        compact: outputs.compact,
     };
     let g = Geometry::new(spec, &plan, facts);
 
@@ -152,6 +169,9 @@ pub(crate) fn plan_for(
         if arena.used <= allowed {
             return Ok(stored_plan(plan, &g, arena));
         }
+        if let Some(partly) = partly_stored(&plan, &g, spec, memory, facts, outputs.lends) {
+            return Ok(partly);
+        }
     }
     plan.chunks.0 = match path {
         Path::Fused { .. } if contiguous => classes.max(1),
@@ -166,7 +186,13 @@ pub(crate) fn plan_for(
     plan.forward_bytes = arena.used;
     plan.parts = arena.parts;
     if gradients != 0 {
-        let width = backward_width(&g, memory, facts);
+        let lean = lean_budget(&g);
+        let budget = match memory {
+            Memory::Lean => lean,
+            Memory::Fast => lean.max(g.rows * 2 * 16_896 * g.dtype.size() + (256 << 20)),
+            Memory::Bytes(bytes) => lean.max(bytes),
+        };
+        let width = backward_width(&g, budget, facts);
         let mut arena = Arena::at(0);
         BackwardLayout::lay(&mut arena, &g, width, g.may_borrow());
         plan.chunks.1 = width;
@@ -184,6 +210,7 @@ fn may_store(g: &Geometry, spec: &Spec, facts: &Facts) -> bool {
     g.path == Path::Fused { planes: 2 }
         && g.dtype == DType::Bf16
         && spec.targets() == 1
+        && spec.statistics().any(|name| name == "rest")
         && g.wants(wanted::WEIGHT)
         && !g.wants(wanted::SCALE)
         && g.weight_rows_fit()
@@ -205,6 +232,83 @@ fn stored_plan(mut plan: Plan, g: &Geometry, store: Arena) -> Plan {
     plan.mode = "stored";
     plan.stored = true;
     plan
+}
+
+/// The plan that keeps some of the classes, if that pays within `memory`.
+fn partly_stored(
+    plan: &Plan,
+    g: &Geometry,
+    spec: &Spec,
+    memory: Memory,
+    facts: &Facts,
+    lends: Lends,
+) -> Option<Plan> {
+    let allowed = if let Memory::Bytes(bytes) = memory { bytes } else { 0 };
+    let lists = {
+        // Rows, targets and references, without any exponential.
+        let mut arena = Arena::at(0);
+        StoreLayout::lay_lists(&mut arena, g);
+        arena.used
+    };
+    if lends == Lends::Nothing && allowed <= lists {
+        return None;
+    }
+    let lean = lean_budget(g);
+    let width = backward_width(g, lean.saturating_sub(lists), facts);
+    let column = padded(g.rows) * g.dtype.size();
+    let prices = Prices::new(g, facts, width);
+    // The store takes the place of the gradient tiles, or all that it may.
+    let mut room = match lends {
+        Lends::Nothing => allowed - lists,
+        _ => {
+            let mut others = Arena::at(0);
+            BackwardLayout::lay(&mut others, g, 0, g.may_borrow());
+            lean.saturating_sub(lists + others.used).max(allowed.saturating_sub(lists))
+        }
+    };
+    let lent = match lends {
+        Lends::Weight(element) => prices.lent(g.features * element),
+        _ => Default::default(),
+    };
+    while room > 0 {
+        // The other classes' tiles take the place of the store, if the backward may overwrite it.
+        let own = prices.own(lent.classes, room);
+        let left = g.classes - lent.classes - own.classes;
+        let mut chunk = width.min(left.next_multiple_of(64));
+        let mut tile = 0;
+        if lends != Lends::Nothing {
+            chunk = chunk.min(room / column / 64 * 64);
+            tile = chunk;
+        }
+        let share = Share { lent, own, tile, lends };
+        if share.classes() == 0 || (left > 0 && chunk == 0) {
+            return None;
+        }
+        let mut plan = Plan { share, mode: "partly stored", ..plan.clone() };
+        let g = Geometry::new(spec, &plan, facts);
+        let (mut store, mut forward, mut backward) = (Arena::at(0), Arena::at(0), Arena::at(0));
+        StoreLayout::lay(&mut store, &g);
+        StoredForwardLayout::lay(&mut forward, &g);
+        BackwardLayout::lay(&mut backward, &g, chunk, g.may_borrow());
+        // The forward may use what the gradient of the input will take.
+        let lender = g.rows * g.features * if g.wants(wanted::INPUT) { g.dtype.size() } else { 0 };
+        let excess = (store.used + forward.used).saturating_sub(lean.max(allowed + lists) + lender);
+        if excess > 0 && lends != Lends::Nothing {
+            room = room.saturating_sub(excess.next_multiple_of(64 * column));
+            continue;
+        }
+        (plan.store_bytes, plan.forward_bytes, plan.backward_bytes) =
+            (store.used, forward.used, backward.used);
+        plan.parts = store.parts;
+        plan.parts.extend(if forward.used > backward.used {
+            forward.parts
+        } else {
+            backward.parts
+        });
+        plan.chunks = (g.classes, chunk);
+        return Some(plan);
+    }
+    None
 }
 
 /// Bytes of a tile of logits on the tiled path.
@@ -230,19 +334,16 @@ fn path(spec: &Spec, dtype: DType, facts: &Facts, rows: usize, classes: usize) -
     if fused && available { path } else { Path::Tiled }
 }
 
-/// Classes a chunk of the backward: the budget's most, cut so that the last waves are full.
-fn backward_width(g: &Geometry, memory: Memory, facts: &Facts) -> usize {
+/// Lean's promise: a quarter of the gradients beside them, or 256 MiB.
+fn lean_budget(g: &Geometry) -> usize {
     let gradient = |bit, bytes: usize| if g.gradients & bit != 0 { bytes } else { 0 };
-    let size = g.dtype.size();
-    let gradients = gradient(wanted::INPUT, g.rows * g.features * size)
-        + gradient(wanted::WEIGHT, g.classes * g.features * size);
-    // Lean's promise: a quarter of the gradients beside them, or 256 MiB.
-    let lean = (gradients / 4).max(256 << 20);
-    let budget = match memory {
-        Memory::Lean => lean,
-        Memory::Fast => lean.max(g.rows * 2 * 16_896 * size + (256 << 20)),
-        Memory::Bytes(bytes) => lean.max(bytes),
-    };
+    let gradients = gradient(wanted::INPUT, g.rows * g.features * g.dtype.size())
+        + gradient(wanted::WEIGHT, g.classes * g.features * g.dtype.size());
+    (gradients / 4).max(256 << 20)
+}
+
+/// Classes a chunk of the backward: the budget's most, cut so that the last waves are full.
+fn backward_width(g: &Geometry, budget: usize, facts: &Facts) -> usize {
     let all = g.classes.next_multiple_of(64).max(64);
     let most = BackwardLayout::widest(g, budget, g.may_borrow()).clamp(384, 33_792);
     if most >= all {
@@ -257,8 +358,6 @@ fn backward_width(g: &Geometry, memory: Memory, facts: &Facts) -> usize {
 
 /// Time of a backward cut into chunks of `width` classes, in the units of `Choice::cost` times depth.
 fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
-    // A launch's tail and refill, about 30 µs of a multiprocessor's products.
-    const LAUNCH: f64 = 30e-6 * 0.6e15 / 132.0 / 2.0;
     let chunk = |width: usize| {
         let cost = |operation, m, n, depth: usize| {
             choose(facts, operation, g.dtype, false, m, n)
@@ -283,7 +382,19 @@ mod tests {
 
     fn make(statistics: &[&str], targets: usize, memory: Memory, gradients: u32) -> Plan {
         let spec = Spec::new(statistics, &[], 0, 0, targets).unwrap();
-        plan_for(&spec, 8192, 4096, 128_256, DType::Bf16, memory, gradients, true, &h200()).unwrap()
+        plan_for(
+            &spec,
+            8192,
+            4096,
+            128_256,
+            DType::Bf16,
+            memory,
+            gradients,
+            true,
+            &h200(),
+            Outputs::default(),
+        )
+        .unwrap()
     }
 
     #[test]
@@ -308,8 +419,77 @@ mod tests {
         assert_eq!(plan.store_bytes > 8192 * 128_256 * 2, possible);
         // The scale's gradient needs sums in float.
         assert!(!make(&["rest", "target"], 1, Memory::Fast, 11).stored);
-        let tiny = plan_for(&spec, 8, 64, 100, DType::F16, Memory::Fast, 3, true, &h200()).unwrap();
+        let tiny = plan_for(
+            &spec,
+            8,
+            64,
+            100,
+            DType::F16,
+            Memory::Fast,
+            3,
+            true,
+            &h200(),
+            Outputs::default(),
+        )
+        .unwrap();
         assert!(!tiny.stored);
+    }
+
+    #[test]
+    fn lean_keeps_what_the_gradients_lend() {
+        if !exists(&h200(), Operation::StoreExp, DType::Bf16) {
+            return;
+        }
+        let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
+        for (rows, features, classes, least) in [
+            (8192, 4096, 128_256, 0.50),
+            (8192, 2304, 256_000, 0.29),
+            (8192, 3584, 152_064, 0.43),
+            (8192, 1024, 65_536, 0.25),
+            (8192, 768, 50_257, 0.2),
+            (2048, 4096, 128_256, 0.80),
+            (1000, 1024, 65_537, 0.5),
+        ] {
+            for element in [2, 4] {
+                let lends = Lends::Weight(element);
+                let plan = plan_for(
+                    &spec,
+                    rows,
+                    features,
+                    classes,
+                    DType::Bf16,
+                    Memory::Lean,
+                    3,
+                    true,
+                    &h200(),
+                    Outputs { lends, compact: true },
+                );
+                let plan = plan.unwrap();
+                assert_eq!(plan.mode, "partly stored");
+                assert!(plan.share.classes() as f64 >= least * classes as f64, "{plan:?}");
+                let gradients = 2 * features * (rows + classes);
+                let budget = (gradients / 4).max(256 << 20);
+                assert!(plan.store_bytes + plan.backward_bytes <= budget, "{plan:?}");
+                // The input's gradient does not exist yet.
+                let forward = plan.store_bytes + plan.forward_bytes;
+                assert!(forward <= budget + 2 * features * rows, "{plan:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn bytes_buy_a_share_of_the_classes() {
+        if !exists(&h200(), Operation::StoreExp, DType::Bf16) {
+            return;
+        }
+        let whole = make(&["rest", "target"], 1, Memory::Fast, 3).store_bytes;
+        for percent in [20, 50, 90] {
+            let plan = make(&["rest", "target"], 1, Memory::Bytes(whole / 100 * percent), 3);
+            let share = plan.share.classes() as f64 / 128_256.0;
+            assert!(plan.store_bytes <= whole / 100 * percent);
+            assert!((share - percent as f64 / 100.0).abs() < 0.01, "{plan:?}");
+        }
+        assert!(make(&["rest", "target"], 1, Memory::Bytes(whole), 3).stored);
     }
 
     #[test]
@@ -325,8 +505,18 @@ mod tests {
         for contiguous in [true, false] {
             for dtype in [DType::Bf16, DType::F32, DType::F64] {
                 let facts = h200();
-                let plan =
-                    plan_for(&spec, 1000, 33, 5003, dtype, Memory::Lean, 15, contiguous, &facts);
+                let plan = plan_for(
+                    &spec,
+                    1000,
+                    33,
+                    5003,
+                    dtype,
+                    Memory::Lean,
+                    15,
+                    contiguous,
+                    &facts,
+                    Outputs::default(),
+                );
                 let g = Geometry::new(&spec, &plan.unwrap(), &facts);
                 for borrow in [true, false] {
                     for width in [64, 640, 4992] {
@@ -343,7 +533,18 @@ mod tests {
     #[test]
     fn too_many_exponents_are_refused() {
         let spec = Spec::new(&["rest_power"], &[2.0; 9], 0, 0, 0).unwrap();
-        let plan = plan_for(&spec, 8, 8, 8, DType::F32, Memory::Lean, 0, true, &h200());
+        let plan = plan_for(
+            &spec,
+            8,
+            8,
+            8,
+            DType::F32,
+            Memory::Lean,
+            0,
+            true,
+            &h200(),
+            Outputs::default(),
+        );
         assert!(plan.unwrap_err().to_string().contains("at most 8"));
     }
 }

@@ -4,8 +4,12 @@
 //! target's logit. Rows whose rest lies more than 60 nats from it are found on the device; their
 //! blocks of 256 rows run again, first for the rest with running maxima, then for X against that.
 //! In the common case these launches find an empty list and end.
+//!
+//! Where only some classes are kept, they are the first ones, in chunks (`share`). The rest over the
+//! others comes with running maxima, and the backward in `backward.rs` turns each chunk into a tile
+//! of gradients of the logits by one pass over it.
 
-use logitless_core::Gradients;
+use logitless_core::{Error, Gradients, Tensor};
 
 use crate::call::{Call, row_view, value, vector};
 use crate::error::Result;
@@ -15,12 +19,14 @@ use crate::layout::{
 };
 use crate::params::{self, Fields, RowList};
 use crate::product::{Choice, Matrix, Operands, Operation, choose, tensor_cores};
+use crate::share::{Lends, Piece, Place};
 
 /// Bytes of an accumulator.
 const F32: usize = 4;
 
 fn kernel(call: &Call, operation: Operation, m: usize, n: usize) -> Choice {
-    let mapped = call.mapped() && matches!(operation, Operation::StoreExp | Operation::Repair);
+    let forward = [Operation::StoreExp, Operation::Repair, Operation::OnlineRest];
+    let mapped = call.mapped() && forward.contains(&operation);
     choose(&call.stream.device.facts, operation, call.dtype, mapped, m, n)
         .expect("the plan found it")
 }
@@ -29,86 +35,240 @@ fn exponentials(call: &Call, g: &Geometry, store: &StoreLayout) -> Matrix {
     Matrix::packed(store.x, call.dtype, call.classes, g.store_pitch())
 }
 
-/// Outputs `rest` and `target`, and the store.
+/// Some classes' exponentials.
+#[derive(Clone, Copy)]
+pub(crate) struct Exponentials {
+    pub first: usize,
+    pub count: usize,
+    pub x: Matrix,
+}
+
+/// Where a call keeps its exponentials, in the order of the classes. `lent` is the address of the
+/// gradient of the weight.
+pub(crate) fn kept(
+    call: &Call,
+    g: &Geometry,
+    store: &StoreLayout,
+    lent: usize,
+) -> Vec<Exponentials> {
+    if call.plan.stored {
+        return vec![Exponentials {
+            first: 0,
+            count: call.classes,
+            x: exponentials(call, g, store),
+        }];
+    }
+    let pieces = g.share.pieces(call.rows, g.lender_bytes());
+    let matrix = |piece: Piece| {
+        let address = match piece.place {
+            Place::Lent(at) => lent + at,
+            Place::Own(at) => store.x + at,
+        };
+        let x = Matrix::packed(address, call.dtype, piece.count, piece.width);
+        Exponentials { first: piece.first, count: piece.count, x }
+    };
+    pieces.map(matrix).collect()
+}
+
+/// The address of the memory that the gradient of the weight lends, if the plan counts on it.
+pub(crate) fn check_lent(lent: Option<&Tensor>, call: &Call, g: &Geometry) -> Result<usize> {
+    let Lends::Weight(element) = g.share.lends else { return Ok(0) };
+    if g.share.lent.classes == 0 {
+        return Ok(0);
+    }
+    let expected = || {
+        format!(
+            "a contiguous tensor of {} x {} with elements of {element} bytes, which d_weight will be",
+            call.classes, call.features
+        )
+    };
+    let Some(lent) = lent else {
+        return Err(Error::Missing { argument: "lent", expected: expected() }.into());
+    };
+    lent.expect_shape("lent", &[call.classes, call.features])?;
+    lent.expect_contiguous("lent")?;
+    if lent.dtype().size() != element || !lent.address().is_multiple_of(256) {
+        let found = format!("{} at {:#x}", lent.dtype().name(), lent.address());
+        return Err(value("lent", found, expected()));
+    }
+    Ok(lent.address())
+}
+
+/// Outputs `rest` and `target`, and exponentials of the classes that the plan keeps.
 pub(crate) unsafe fn forward(
     call: &Call,
     g: &Geometry,
     out: Fields,
     store: usize,
+    lent: usize,
     workspace: usize,
 ) -> Result<()> {
     let store = StoreLayout::lay(&mut Arena::at(store), g);
     let layout = StoredForwardLayout::lay(&mut Arena::at(workspace), g);
-    let (rows, blocks) = (call.rows, call.rows.div_ceil(256));
-    let tiles = call.classes.div_ceil(g.part_columns);
-    let ld_row = padded(rows);
     // SAFETY: all of it: operands checked, buffers of the layouts.
     unsafe {
         let (list, input) = select(call, store.list, layout.packed)?;
         let bias = call.widen_bias(layout.bias)?;
         if list.slots != 0 && out.target != 0 {
-            call.stream.zero(out.target, rows * F32)?;
+            call.stream.zero(out.target, call.rows * F32)?;
         }
         let logits = if out.target == 0 { layout.logits } else { out.target };
         call.target_logits(list, logits, store.reference, store.target)?;
-        call.stream.zero(layout.flags, F32 * blocks)?;
+        let pieces = kept(call, g, &store, lent);
+        let run = Forward { call, g, store: &store, layout: &layout, list, input, bias };
+        let left = call.classes - pieces.iter().map(|piece| piece.count).sum::<usize>();
+        run.keep(&pieces, if left > 0 { layout.rest } else { out.rest })?;
+        if left > 0 { run.others(left, out.rest) } else { Ok(()) }
+    }
+}
 
-        let product = params::Gemm {
-            count: list.count,
-            reference: store.reference,
-            target: store.target,
-            bias,
-            part: layout.part,
+struct Forward<'a> {
+    call: &'a Call<'a>,
+    g: &'a Geometry,
+    store: &'a StoreLayout,
+    layout: &'a StoredForwardLayout,
+    list: RowList,
+    input: Matrix,
+    bias: usize,
+}
+
+impl Forward<'_> {
+    /// A product of classes `first .. first + count` whose partials begin at column `tile`.
+    fn product(&self, first: usize, count: usize, tile: usize, tiles: usize) -> params::Gemm {
+        let (call, ld_row) = (self.call, padded(self.call.rows));
+        params::Gemm {
+            count: self.list.count,
+            reference: self.store.reference,
+            target: self.store.target,
+            bias: if self.bias == 0 { 0 } else { self.bias + F32 * first },
+            part: self.layout.part + F32 * tile * ld_row,
             part_plane: (tiles * ld_row) as i64,
-            m: rows as i32,
-            n: call.classes as i32,
+            m: call.rows as i32,
+            n: count as i32,
             k: call.features as i32,
             ld_row: ld_row as i32,
+            col0: first as i32,
             scale: call.problem.logit_scale as f32,
             scale_at: call.scale_at,
             softcap: call.problem.softcap as f32,
             ..params::Gemm::default()
-        };
-        let store_exp = kernel(call, Operation::StoreExp, rows, call.classes);
-        let operands =
-            Operands { a: input, b: call.weight, d: Some(exponentials(call, g, &store)) };
-        tensor_cores(call.stream, Operation::StoreExp, &store_exp, &operands, product)?;
-        let finish = params::Finish {
-            out: Fields { rest: out.rest, ..Fields::default() },
-            list,
-            part: layout.part,
-            reference: store.reference,
-            part_plane: product.part_plane,
-            ld_row: ld_row as i32,
-            tiles: tiles as i32,
-            classes: call.classes as i64,
-            tile_columns: g.part_columns as i32,
-            planes: 1,
-            chunk_columns: call.classes as i32,
-            chunk_tiles: tiles as i32,
-            flags: layout.flags,
-        };
-        call.stream.launch("finish_fixed", (rows.div_ceil(32), 1), 512, 0, &finish)?;
-
-        let gate = params::Gate { flags: layout.flags, gate: layout.gate, blocks: blocks as i64 };
-        call.stream.launch("gate_blocks", (1, 1), 256, 0, &gate)?;
-        let gated = params::Gemm { gate: layout.gate, ..product };
-        let repair_rest = kernel(call, Operation::Repair, rows, call.classes);
-        let without_store = Operands { a: input, b: call.weight, d: None };
-        tensor_cores(call.stream, Operation::Repair, &repair_rest, &without_store, gated)?;
-        let repair = params::Repair {
-            list,
-            gate: layout.gate,
-            part: layout.part,
-            reference: store.reference,
-            rest: out.rest,
-            part_plane: product.part_plane,
-            ld_row: ld_row as i32,
-            tiles: tiles as i32,
-        };
-        call.stream.launch("finish_repair", (blocks, 1), 256, 0, &repair)?;
-        tensor_cores(call.stream, Operation::StoreExp, &store_exp, &operands, gated)
+        }
     }
+
+    fn finish(&self, rest: usize, tiles: usize, classes: usize) -> params::Finish {
+        let ld_row = padded(self.call.rows);
+        params::Finish {
+            out: Fields { rest, ..Fields::default() },
+            list: self.list,
+            part: self.layout.part,
+            reference: self.store.reference,
+            part_plane: (tiles * ld_row) as i64,
+            ld_row: ld_row as i32,
+            tiles: tiles as i32,
+            classes: classes as i64,
+            tile_columns: self.g.part_columns as i32,
+            planes: 1,
+            chunk_columns: classes as i32,
+            chunk_tiles: tiles as i32,
+            flags: self.layout.flags,
+        }
+    }
+
+    /// The exponentials of the kept classes, and the logarithm of their sum to `rest`.
+    unsafe fn keep(&self, pieces: &[Exponentials], rest: usize) -> Result<()> {
+        let (call, layout, list) = (self.call, self.layout, self.list);
+        let (rows, blocks) = (call.rows, call.rows.div_ceil(256));
+        let columns = self.g.part_columns;
+        let classes: usize = pieces.iter().map(|piece| piece.count).sum();
+        let tiles: usize = pieces.iter().map(|piece| piece.count.div_ceil(columns)).sum();
+        let store = |gate: usize| {
+            let mut tile = 0;
+            for piece in pieces {
+                let product =
+                    params::Gemm { gate, ..self.product(piece.first, piece.count, tile, tiles) };
+                let weight = call.weight.rows_from(piece.first);
+                let operands = Operands { a: self.input, b: weight, d: Some(piece.x) };
+                let choice = kernel(call, Operation::StoreExp, rows, piece.count);
+                // SAFETY: as for the caller.
+                unsafe {
+                    tensor_cores(call.stream, Operation::StoreExp, &choice, &operands, product)?;
+                }
+                tile += piece.count.div_ceil(columns);
+            }
+            Ok::<(), crate::Error>(())
+        };
+        // SAFETY: operands checked, buffers of the layouts.
+        unsafe {
+            call.stream.zero(layout.flags, F32 * blocks)?;
+            store(0)?;
+            let finish = self.finish(rest, tiles, classes);
+            call.stream.launch("finish_fixed", (rows.div_ceil(32), 1), 512, 0, &finish)?;
+
+            let gate =
+                params::Gate { flags: layout.flags, gate: layout.gate, blocks: blocks as i64 };
+            call.stream.launch("gate_blocks", (1, 1), 256, 0, &gate)?;
+            let tiles = classes.div_ceil(columns);
+            let gated = params::Gemm { gate: layout.gate, ..self.product(0, classes, 0, tiles) };
+            let repair = kernel(call, Operation::Repair, rows, classes);
+            let operands = Operands { a: self.input, b: call.weight, d: None };
+            tensor_cores(call.stream, Operation::Repair, &repair, &operands, gated)?;
+            let finish = params::Repair {
+                list,
+                gate: layout.gate,
+                part: layout.part,
+                reference: self.store.reference,
+                rest,
+                part_plane: gated.part_plane,
+                ld_row: gated.ld_row,
+                tiles: tiles as i32,
+            };
+            call.stream.launch("finish_repair", (blocks, 1), 256, 0, &finish)?;
+        }
+        store(layout.gate)
+    }
+
+    /// The rest over the last `left` classes; with that of the kept ones, the whole of it.
+    unsafe fn others(&self, left: usize, rest: usize) -> Result<()> {
+        let (call, rows) = (self.call, self.call.rows);
+        let first = call.classes - left;
+        let tiles = left.div_ceil(self.g.part_columns);
+        let choice = kernel(call, Operation::OnlineRest, rows, left);
+        let operands = Operands { a: self.input, b: call.weight.rows_from(first), d: None };
+        let merge = params::MergeRest { list: self.list, kept: self.layout.rest, rest };
+        // SAFETY: operands checked, buffers of the layouts.
+        unsafe {
+            let product = self.product(first, left, 0, tiles);
+            tensor_cores(call.stream, Operation::OnlineRest, &choice, &operands, product)?;
+            let finish = params::Finish { planes: 2, ..self.finish(rest, tiles, left) };
+            call.stream.launch("finish_online", (rows.div_ceil(32), 1), 512, 0, &finish)?;
+            call.stream.launch("merge_rest", (rows.div_ceil(256), 1), 256, 0, &merge)
+        }
+    }
+}
+
+/// Gradients of the logits of kept classes, from their exponentials: in place, or to another tile.
+pub(crate) unsafe fn gradient_tile(
+    call: &Call,
+    list: RowList,
+    piece: &Exponentials,
+    tile: Matrix,
+    params: params::StoredTile,
+) -> Result<()> {
+    let params = params::StoredTile {
+        list,
+        x: piece.x.address,
+        tile: tile.address,
+        x_pitch: piece.x.row_stride,
+        tile_pitch: tile.row_stride,
+        ld_row: padded(call.rows) as i32,
+        column0: piece.first as i32,
+        width: piece.count as i32,
+        ..params
+    };
+    // A block a row and 8192 classes.
+    let grid = (call.rows, piece.count.div_ceil(8192));
+    // SAFETY: the caller's promise.
+    unsafe { call.stream.launch("stored_gradient_bf16", grid, 256, 0, &params) }
 }
 
 /// A backward from the store.

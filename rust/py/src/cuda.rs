@@ -5,7 +5,7 @@
 
 use logitless_core as core;
 use logitless_gpu as gpu;
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
@@ -32,6 +32,8 @@ struct Question {
     gradients: u32,
     contiguous: bool,
     device: usize,
+    lends: i64,
+    compact: bool,
 }
 
 /// Bytes and chunks of one forward and backward on a CUDA device.
@@ -44,10 +46,13 @@ pub struct CudaPlan {
 }
 
 /// Size the workspaces of a call; `memory` is -1 lean, -2 fast, or bytes. `contiguous` is
-/// `cuda_describable(weight)`.
+/// `cuda_describable(weight)`. `lends` says what the forward may use that its backward will own: -1
+/// nothing, 0 the store, which that backward may overwrite, and the bytes of an element of d_weight
+/// where that exists from the forward on. `compact`: the rows of d_input will follow one another.
 #[pyfunction]
 #[pyo3(signature = (
-    spec, rows, features, classes, dtype, memory, gradients, contiguous = true, device = 0
+    spec, rows, features, classes, dtype, memory, gradients, contiguous = true, device = 0,
+    lends = -1, compact = true
 ))]
 #[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
 pub fn cuda_plan(
@@ -60,15 +65,43 @@ pub fn cuda_plan(
     gradients: u32,
     contiguous: bool,
     device: usize,
+    lends: i64,
+    compact: bool,
 ) -> PyResult<CudaPlan> {
     let spec = spec.get().clone();
-    let question =
-        Question { rows, features, classes, dtype, memory, gradients, contiguous, device };
+    let question = Question {
+        rows,
+        features,
+        classes,
+        dtype,
+        memory,
+        gradients,
+        contiguous,
+        device,
+        lends,
+        compact,
+    };
+    let lends = match lends {
+        -1 => gpu::Lends::Nothing,
+        0 => gpu::Lends::Store,
+        2 | 4 => gpu::Lends::Weight(lends as usize),
+        _ => return Err(PyValueError::new_err(format!("lends = {lends}: expected -1, 0, 2 or 4"))),
+    };
     let memory = crate::args::memory(memory)?;
     let dtype = crate::args::dtype(dtype)?;
-    let plan =
-        gpu::plan(&spec.0, rows, features, classes, dtype, memory, gradients, contiguous, device)
-            .map_err(error)?;
+    let plan = gpu::plan(
+        &spec.0,
+        rows,
+        features,
+        classes,
+        dtype,
+        memory,
+        gradients,
+        contiguous,
+        device,
+        gpu::Outputs { lends, compact },
+    )
+    .map_err(error)?;
     Ok(CudaPlan { spec, question, plan })
 }
 
@@ -90,6 +123,12 @@ impl CudaPlan {
     #[getter]
     fn store_bytes(&self) -> usize {
         self.plan.store_bytes
+    }
+
+    /// Kept in the memory of d_weight; 0 where the forward does not need it.
+    #[getter]
+    fn lent_bytes(&self) -> usize {
+        self.plan.lent_bytes()
     }
 
     /// 0: a GPU has no scratch of threads.
@@ -115,7 +154,7 @@ impl CudaPlan {
     }
 
     /// `fused` (statistics in the product's epilogue), `stored` (and exponentials kept for the
-    /// backward) or `tiled` (from tiles of logits).
+    /// backward), `partly stored` (those of the first classes) or `tiled` (from tiles of logits).
     #[getter]
     fn mode(&self) -> &'static str {
         self.plan.mode
@@ -139,6 +178,8 @@ impl CudaPlan {
             q.gradients,
             q.contiguous,
             q.device,
+            q.lends,
+            q.compact,
         );
         Ok((py.import("logitless._core")?.getattr("cuda_plan")?, arguments))
     }
@@ -149,19 +190,21 @@ impl CudaPlan {
         format!(
             "CudaPlan(rows={rows}, features={features}, classes={classes}, mode={mode:?}, \
              chunks={chunks:?}, forward_bytes={forward_bytes}, backward_bytes={backward_bytes}, \
-             store_bytes={store_bytes})"
+             store_bytes={store_bytes}, lent_bytes={})",
+            self.plan.lent_bytes()
         )
     }
 }
 
-type PlanArguments = (Spec, usize, usize, usize, u8, i64, u32, bool, usize);
+type PlanArguments = (Spec, usize, usize, usize, u8, i64, u32, bool, usize, i64, bool);
 
 /// Compute the statistics of `spec` for every row and write them to `outputs`. `scale` is the logit
-/// scale where the device holds it: one number in the accumulation dtype.
+/// scale where the device holds it: one number in the accumulation dtype. `lent` is d_weight, where
+/// the plan has `lent_bytes`.
 #[pyfunction]
 #[pyo3(signature = (
     spec, input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense, outputs,
-    store, plan, threads, device, stream, workspace, scale = None
+    store, plan, threads, device, stream, workspace, scale = None, lent = None
 ))]
 #[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
 pub fn cuda_forward(
@@ -184,10 +227,12 @@ pub fn cuda_forward(
     stream: usize,
     workspace: TensorArg,
     scale: Option<TensorArg>,
+    lent: Option<TensorArg>,
 ) -> PyResult<()> {
     let problem =
         problem(input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense);
-    let (store, scale, _) = (store.map(|t| t.0), scale.map(|t| t.0), threads);
+    let (store, scale, lent) = (store.map(|t| t.0), scale.map(|t| t.0), lent.map(|t| t.0));
+    let _ = threads;
     let (spec, outputs, plan) = (&spec.get().0, tensors(outputs)?, &plan.get().plan);
     // SAFETY: Python holds every array behind the addresses until the stream has passed this call
     // (its allocator reuses memory in stream order), with shapes and strides inside them.
@@ -202,6 +247,7 @@ pub fn cuda_forward(
             &workspace.0,
             store.as_ref(),
             scale.as_ref(),
+            lent.as_ref(),
         )
     })
     .map_err(error)
@@ -212,7 +258,7 @@ pub fn cuda_forward(
 #[pyo3(signature = (
     spec, input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense, saved,
     cotangents, store, d_input, d_weight, d_bias, d_scale, d_dense, accumulate_input, plan,
-    threads, device, stream, workspace, accumulate_weight = false, scale = None
+    threads, device, stream, workspace, accumulate_weight = false, scale = None, lent = None
 ))]
 #[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
 pub fn cuda_backward(
@@ -243,6 +289,7 @@ pub fn cuda_backward(
     workspace: TensorArg,
     accumulate_weight: bool,
     scale: Option<TensorArg>,
+    lent: Option<TensorArg>,
 ) -> PyResult<()> {
     let problem =
         problem(input, weight, bias, ids, ignore_index, logit_scale, softcap, vectors, dense);
@@ -254,7 +301,8 @@ pub fn cuda_backward(
         dense: d_dense.map(|t| t.0),
         accumulate_input,
     };
-    let (store, scale, _) = (store.map(|t| t.0), scale.map(|t| t.0), threads);
+    let (store, scale, lent) = (store.map(|t| t.0), scale.map(|t| t.0), lent.map(|t| t.0));
+    let _ = threads;
     let (saved, cotangents) = (tensors(saved)?, optional_tensors(cotangents)?);
     let (spec, plan) = (&spec.get().0, &plan.get().plan);
     // SAFETY: as for the forward.
@@ -272,6 +320,7 @@ pub fn cuda_backward(
             &workspace.0,
             store.as_ref(),
             scale.as_ref(),
+            lent.as_ref(),
         )
     })
     .map_err(error)
