@@ -33,10 +33,12 @@ class Params(c.Structure):
         *((name, c.c_int) for name in INTEGERS),
         *((name, c.c_float) for name in ("scale", "softcap", "shift")),
         ("reserved", c.c_int),
+        ("slices", c.c_int),
+        ("slice_rows", c.c_int),
     )
 
 
-assert c.sizeof(Params) == 216
+assert c.sizeof(Params) == 224
 
 
 class LaunchConfig(c.Structure):

@@ -129,7 +129,8 @@ __device__ __forceinline__ void gather(const GatherParams& p) {
   }
 }
 
-// One block a row of the target. From packed accumulators (slots) to rows; a row without a slot becomes 0.
+// One block a row of the target. From packed accumulators (slots), or the slices of a sum, to rows; a row without a slot
+// becomes 0.
 template <class Acc, class T>
 __device__ __forceinline__ void scatter(const ScatterParams& p) {
   const i64 row = blockIdx.x;
@@ -139,7 +140,9 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
   const Acc* in = (const Acc*)p.packed + slot * p.pitch;
   for (int d = threadIdx.x; d < p.features; d += blockDim.x) {
     T* at = out + d * p.target.feature_stride;
-    const Acc x = slot < 0 ? (Acc)0 : factor * in[d];
+    Acc x = slot < 0 ? (Acc)0 : in[d];
+    for (int s = 1; s < p.slices && slot >= 0; s++) x += in[s * p.slice + d];
+    x *= factor;
     *at = Element<T>::from(p.accumulate ? widen(*at) + x : x);
   }
 }

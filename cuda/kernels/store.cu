@@ -207,6 +207,7 @@ __device__ __forceinline__ void frozen_rows(const FrozenParams& p) {
   T* out = const_cast<T*>(row_of<T>(p.out, row));
   const float* sums = p.sums + (i64)max(slot, 0) * p.pitch;
   const bf16* w = (const bf16*)p.weight + id * p.weight_pitch;
+  const int slices = v == 0.f ? 0 : max(p.slices, 1);
   // Nothing is read that counts for nothing: 0 times an overflow would be nan.
   auto value = [&](float sum, float weight) {
     const float x = v != 0.f ? v * sum : 0.f;
@@ -216,9 +217,14 @@ __device__ __forceinline__ void frozen_rows(const FrozenParams& p) {
   if (p.out.feature_stride == 1 && (u64)out % 16 == 0 && !p.accumulate) {
     const int whole = p.features / 8;
     for (int i = threadIdx.x; i < whole; i += blockDim.x) {
-      const float4 low = __ldg((const float4*)sums + 2 * i), high = __ldg((const float4*)sums + 2 * i + 1);
+      float x[8] = {};
+      for (int s = 0; s < slices; s++) {
+        const float4* from = (const float4*)(sums + s * p.slice) + 2 * i;
+        const float4 low = __ldg(from), high = __ldg(from + 1);
+        x[0] += low.x, x[1] += low.y, x[2] += low.z, x[3] += low.w;
+        x[4] += high.x, x[5] += high.y, x[6] += high.z, x[7] += high.w;
+      }
       const uint4 weights = __ldg((const uint4*)w + i);
-      const float x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
       __align__(16) T y[8];
 #pragma unroll
       for (int j = 0; j < 8; j++) y[j] = Element<T>::from(value(x[j], widen(((const bf16*)&weights)[j])));
@@ -229,7 +235,9 @@ __device__ __forceinline__ void frozen_rows(const FrozenParams& p) {
   }
   for (; d < p.features; d += blockDim.x) {
     T* at = out + d * p.out.feature_stride;
-    const float x = value(sums[d], widen(w[d]));
+    float sum = 0.f;
+    for (int s = 0; s < slices; s++) sum += sums[s * p.slice + d];
+    const float x = value(sum, widen(w[d]));
     *at = Element<T>::from(p.accumulate ? widen(*at) + x : x);
   }
 }

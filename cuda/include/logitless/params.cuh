@@ -41,8 +41,10 @@ struct GemmParams {
   float softcap;        // 0: none. Maps only
   float shift;          // store_exp, gradient: probabilities below 2^(shift - 126) become 0; 0: off
   int reserved;
+  int slices;           // de_f32: shares of k; each writes its own sums, `slice_rows` rows of D after the last. 0: 1
+  int slice_rows;
 };
-static_assert(sizeof(GemmParams) == 216, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(GemmParams) == 224, "mirror rust/gpu/src/params.rs");
 
 // -- shared pieces ---------------------------------------------------------------------------------------------------
 // Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).
@@ -136,13 +138,15 @@ static_assert(sizeof(GatherParams) == 96, "mirror rust/gpu/src/params.rs");
 struct ScatterParams {
   RowView target;
   RowList list;
-  const void* packed;
+  const void* packed;   // `slices` of them, each `slice` elements after the last: their sum
   const void* factor;   // device scalar in accumulators, or null: 1
   i64 pitch;
+  i64 slice;
   int features;
   int accumulate;
+  int slices, reserved;
 };
-static_assert(sizeof(ScatterParams) == 104, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ScatterParams) == 120, "mirror rust/gpu/src/params.rs");
 
 // target_logits: z of the target classes, one warp a (row, column).
 struct TargetParams {
@@ -347,12 +351,14 @@ struct FrozenParams {
   const float* reference;                 // (slots)
   const float* sums;                      // (slots, pitch): of e^(z - reference) dz/dx W over the classes but the target
   i64 pitch;
+  i64 slice;                              // elements from one of `slices` sums to the next
   const float* scale_at;
   float scale, softcap;
   int features;
   int accumulate;
+  int slices, reserved;
 };
-static_assert(sizeof(FrozenParams) == 200, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(FrozenParams) == 216, "mirror rust/gpu/src/params.rs");
 
 // -- tile.cu ---------------------------------------------------------------------------------------------------------
 // A tile of z (live rows, width) in accumulators: folded into each row's state, or turned into a tile of dz.

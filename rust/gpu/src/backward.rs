@@ -18,7 +18,9 @@ use crate::launch::{Stream, suffix};
 use crate::layout::{Arena, BackwardLayout, Geometry, StoreLayout, padded, pitch};
 use crate::params::{self, Fields, RowList, RowView, Scalars};
 use crate::plan::{Path, Plan};
-use crate::product::{Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores};
+use crate::product::{
+    Matrix, Operands, Operation, PlainEpilogue, choose, choose_sliced, plain, tensor_cores,
+};
 use crate::share::Lends;
 use crate::stored::{Exponentials, Stored, check_lent, gradient_tile, kept};
 
@@ -455,6 +457,7 @@ impl Backward<'_> {
                     pitch: sums.row_stride,
                     features: call.features as i32,
                     accumulate: i32::from(self.accumulate_weight),
+                    ..params::Scatter::default()
                 };
                 let name = format!("scatter_rows_f32_{}", suffix(d_weight.dtype));
                 // SAFETY: as above.
@@ -486,13 +489,13 @@ impl Backward<'_> {
         first: usize,
         count: usize,
     ) -> Result<()> {
-        let call = self.call;
+        let (call, slices) = (self.call, self.call.plan.slices);
         let facts = &call.stream.device.facts;
         let operands = Operands { a: tile, b: weight, d: Some(self.sums) };
-        match choose(facts, Operation::DeF32, call.dtype, false, call.rows, call.features)
+        match choose_sliced(facts, call.dtype, (call.rows, call.features, count), slices)
             .filter(|_| weight.describable())
         {
-            Some(choice) => {
+            Some((choice, _)) => {
                 let epilogue = params::Gemm {
                     count: self.list.count,
                     m: call.rows as i32,
@@ -500,6 +503,8 @@ impl Backward<'_> {
                     k: count as i32,
                     accumulate: i32::from(first > 0),
                     scale: 1.0,
+                    slices: slices as i32,
+                    slice_rows: padded(call.rows) as i32,
                     ..params::Gemm::default()
                 };
                 // SAFETY: operands checked, buffers of the layout.
@@ -550,8 +555,11 @@ impl Backward<'_> {
             packed: self.sums.address,
             factor: self.alpha,
             pitch: self.sums.row_stride,
+            slice: padded(call.rows) as i64 * self.sums.row_stride,
             features: call.features as i32,
             accumulate: i32::from(self.gradients.accumulate_input),
+            slices: call.plan.slices as i32,
+            reserved: 0,
         };
         let name = format!("scatter_rows_{}_{}", suffix(call.acc), suffix(d_input.dtype()));
         // SAFETY: operands checked, buffers of the layout; what the gradient lent has been read.

@@ -9,7 +9,7 @@
 //! Rows whose rest lies more than 60 nats from their target are found on the device and their blocks
 //! of 256 rows run again, as in `stored`; in the common case those launches find an empty list and end.
 
-use logitless_core::{DType, Gradients, Memory, Spec, wanted};
+use logitless_core::{DType, Gradients, Memory, Spec, Tensor, wanted};
 
 use crate::call::{Call, row_view};
 use crate::driver::Facts;
@@ -17,10 +17,10 @@ use crate::error::Result;
 use crate::forward::select;
 use crate::launch::suffix;
 use crate::layout::{Arena, Geometry, ListBuffers, padded, pitch};
-use crate::params::{self, Fields};
+use crate::params::{self, Fields, RowList, RowView};
 use crate::plan::{Path, Plan};
 use crate::product::{
-    Choice, Matrix, Operands, Operation, choose, choose_gated, exists, tensor_cores,
+    Choice, Matrix, Operands, Operation, choose, choose_gated, choose_sliced, exists, tensor_cores,
 };
 
 /// Bytes of an accumulator.
@@ -41,7 +41,7 @@ impl Store {
         Store {
             list: ListBuffers::lay(arena, g.rows),
             reference: arena.take("targets", F32 * rows),
-            sums: arena.take("input sums", F32 * rows * pitch(g.features, DType::F32)),
+            sums: arena.take("input sums", g.sums_bytes()),
         }
     }
 }
@@ -57,6 +57,8 @@ struct Layout {
     part: usize,
     flags: usize,
     gate: usize,
+    /// Sums of each slice of the classes; nothing where there is one.
+    slices: usize,
     x: usize,
     x_bytes: usize,
 }
@@ -75,6 +77,8 @@ impl Layout {
             part: arena.take("partials", plane),
             flags: arena.take("repair", F32 * blocks),
             gate: arena.take("repair", F32 * (blocks + 1)),
+            slices: arena
+                .take("input sums", if g.slices > 1 { g.slices * g.sums_bytes() } else { 0 }),
             x: arena.take("exponentials", x_bytes),
             x_bytes,
         }
@@ -182,7 +186,8 @@ pub(crate) unsafe fn forward(
         let run = Forward { call, g, store, layout, list, input, bias, rest: out.rest };
         run.accumulate(0)?;
         run.finish()?;
-        run.repair()
+        run.repair()?;
+        run.fold()
     }
 }
 
@@ -191,7 +196,7 @@ struct Forward<'a> {
     g: &'a Geometry,
     store: Store,
     layout: Layout,
-    list: params::RowList,
+    list: RowList,
     input: Matrix,
     bias: usize,
     rest: usize,
@@ -237,13 +242,17 @@ impl Forward<'_> {
 
     /// X and its product with W, chunk by chunk; of the blocks of 256 rows that `gate` lists, or of all.
     unsafe fn accumulate(&self, gate: usize) -> Result<()> {
-        let (call, width) = (self.call, self.call.plan.chunks.0);
-        let sums_pitch = pitch(call.features, DType::F32);
-        let sums = Matrix::packed(self.store.sums, DType::F32, call.features, sums_pitch);
+        let (call, width, slices) = (self.call, self.call.plan.chunks.0, self.g.slices);
         let facts = &call.stream.device.facts;
-        let find = if gate == 0 { choose } else { choose_gated };
-        let product = find(facts, Operation::DeF32, call.dtype, false, call.rows, call.features)
-            .expect("the plan found it");
+        let (m, n) = (call.rows, call.features);
+        let product = if gate != 0 && slices == 1 {
+            choose_gated(facts, Operation::DeF32, call.dtype, false, m, n)
+        } else {
+            choose_sliced(facts, call.dtype, (m, n, call.classes), slices).map(|found| found.0)
+        };
+        let product = product.expect("the plan found it");
+        let sums = if slices > 1 { self.layout.slices } else { self.store.sums };
+        let sums = Matrix::packed(sums, DType::F32, n, pitch(n, DType::F32));
         for first in (0..call.classes).step_by(width) {
             let count = width.min(call.classes - first);
             let weight = call.weight.rows_from(first);
@@ -257,6 +266,8 @@ impl Forward<'_> {
                 k: count as i32,
                 accumulate: i32::from(first > 0),
                 scale: 1.0,
+                slices: slices as i32,
+                slice_rows: self.ld_row() as i32,
                 ..params::Gemm::default()
             };
             // SAFETY: operands checked, buffers of the layouts.
@@ -330,6 +341,33 @@ impl Forward<'_> {
             self.accumulate(layout.gate)
         }
     }
+
+    /// The slices' sums to the store's, in order.
+    unsafe fn fold(&self) -> Result<()> {
+        let (call, slices) = (self.call, self.g.slices);
+        if slices == 1 {
+            return Ok(());
+        }
+        let pitch = pitch(call.features, DType::F32) as i64;
+        let params = params::Scatter {
+            target: RowView {
+                data: self.store.sums,
+                outer_stride: pitch,
+                inner_stride: 0,
+                feature_stride: 1,
+                inner: 1,
+            },
+            list: call.all_rows(),
+            packed: self.layout.slices,
+            pitch,
+            slice: self.ld_row() as i64 * pitch,
+            features: call.features as i32,
+            slices: slices as i32,
+            ..params::Scatter::default()
+        };
+        // SAFETY: buffers of the layouts.
+        unsafe { call.stream.launch("scatter_rows_f32_f32", (call.rows, 1), 256, 0, &params) }
+    }
 }
 
 /// The input's gradient from the store: sums times the rows' factors, and the targets' part.
@@ -346,6 +384,24 @@ pub(crate) unsafe fn backward(
     let list =
         if call.targets().has_ignore != 0 { call.live_rows(store.list) } else { call.all_rows() };
     let params = params::Frozen {
+        sums: store.sums,
+        ..rows(call, gradients, d_input, list, saved, grad, store.reference)
+    };
+    // SAFETY: operands checked, the store is the layout's.
+    unsafe { launch(call, d_input, &params) }
+}
+
+/// What makes rows of the input's gradient of sums, but for the sums.
+pub(crate) fn rows(
+    call: &Call,
+    gradients: &Gradients,
+    d_input: &Tensor,
+    list: RowList,
+    saved: Fields,
+    grad: Fields,
+    reference: usize,
+) -> params::Frozen {
+    params::Frozen {
         out: row_view(d_input),
         list,
         targets: call.targets(),
@@ -355,18 +411,22 @@ pub(crate) unsafe fn backward(
         logits: saved.target,
         g_rest: grad.rest,
         g_target: grad.target,
-        reference: store.reference,
-        sums: store.sums,
+        reference,
         pitch: pitch(call.features, DType::F32) as i64,
         scale_at: call.scale_at,
         scale: call.problem.logit_scale as f32,
         softcap: call.problem.softcap as f32,
         features: call.features as i32,
         accumulate: i32::from(gradients.accumulate_input),
-    };
+        ..params::Frozen::default()
+    }
+}
+
+/// Runs them.
+pub(crate) unsafe fn launch(call: &Call, d_input: &Tensor, params: &params::Frozen) -> Result<()> {
     let name = format!("frozen_rows_{}", suffix(d_input.dtype()));
-    // SAFETY: operands checked, the store is the layout's.
-    unsafe { call.stream.launch(&name, (call.rows, 1), 256, 0, &params) }
+    // SAFETY: the caller's promise.
+    unsafe { call.stream.launch(&name, (call.rows, 1), 256, 0, params) }
 }
 
 #[cfg(test)]

@@ -64,12 +64,14 @@ pub(crate) struct Geometry {
     pub share: Share,
     /// Rows of the input's gradient follow one another.
     pub compact: bool,
+    /// Shares that the input's gradient sums its classes in.
+    pub slices: usize,
 }
 
 impl Geometry {
     pub fn new(spec: &Spec, plan: &Plan, facts: &Facts) -> Geometry {
         let Plan { rows, features, classes, dtype, path, .. } = *plan;
-        let Plan { direct_weight, gradients, share, compact, .. } = *plan;
+        let Plan { direct_weight, gradients, share, compact, slices, .. } = *plan;
         let operation = partials(path);
         let part_columns = choose(facts, operation, dtype, false, rows, classes)
             .map_or(64, |choice| choice.part_columns());
@@ -86,6 +88,7 @@ impl Geometry {
             part_columns,
             share,
             compact,
+            slices,
         }
     }
 
@@ -100,6 +103,11 @@ impl Geometry {
     /// A packed copy of the input.
     pub fn packed_bytes(&self) -> usize {
         padded(self.rows) * pitch(self.features, self.dtype) * self.dtype.size()
+    }
+
+    /// Sums of the gradient of the input.
+    pub fn sums_bytes(&self) -> usize {
+        padded(self.rows) * pitch(self.features, self.acc()) * self.acc().size()
     }
 
     /// Whether the gradient of the input is a buffer that can hold the packed input until it is written.
@@ -226,10 +234,7 @@ impl BackwardLayout {
         let dots = arena.take("coefficients", if g.wants(wanted::SCALE) { 8 * g.rows } else { 0 });
         let packed = (!borrow).then(|| arena.take("packed input", g.packed_bytes()));
         let with_sums = g.wants(wanted::INPUT | wanted::SCALE);
-        let sums = arena.take(
-            "input sums",
-            if with_sums { acc * rows * pitch(g.features, g.acc()) } else { 0 },
-        );
+        let sums = arena.take("input sums", if with_sums { g.slices * g.sums_bytes() } else { 0 });
         let size = g.dtype.size();
         // Gradients of the accumulators' type overwrite the logits they are made of.
         let in_place = g.dtype == g.acc();
@@ -363,6 +368,8 @@ pub(crate) struct StoredBackwardLayout {
     pub input_factor: usize,
     pub target_factor: usize,
     pub ratio: usize,
+    /// Sums of each slice of the classes; nothing where there is one.
+    pub sums: usize,
     /// Scaled input, then, where it cannot be written in place, the packed gradient of the input.
     pub packed: usize,
 }
@@ -371,7 +378,9 @@ impl StoredBackwardLayout {
     pub fn lay(arena: &mut Arena, g: &Geometry) -> StoredBackwardLayout {
         let mut plane = || arena.take("coefficients", 4 * padded(g.rows));
         let [factor, input_factor, target_factor, ratio] = [plane(), plane(), plane(), plane()];
+        let sums = if g.slices > 1 { g.slices * g.sums_bytes() } else { 0 };
+        let sums = arena.take("input sums", sums);
         let packed = arena.take("packed input", g.packed_bytes());
-        StoredBackwardLayout { factor, input_factor, target_factor, ratio, packed }
+        StoredBackwardLayout { factor, input_factor, target_factor, ratio, sums, packed }
     }
 }

@@ -41,8 +41,10 @@ pub struct Gemm {
     pub softcap: f32,
     pub shift: f32,
     pub reserved: i32,
+    pub slices: i32,
+    pub slice_rows: i32,
 }
-const _: () = assert!(size_of::<Gemm>() == 216);
+const _: () = assert!(size_of::<Gemm>() == 224);
 
 /// Rows of a tensor (outer, inner, features) of any strides.
 #[derive(Clone, Copy, Debug, Default)]
@@ -188,10 +190,13 @@ pub struct Scatter {
     pub packed: usize,
     pub factor: usize,
     pub pitch: i64,
+    pub slice: i64,
     pub features: i32,
     pub accumulate: i32,
+    pub slices: i32,
+    pub reserved: i32,
 }
-const _: () = assert!(size_of::<Scatter>() == 104);
+const _: () = assert!(size_of::<Scatter>() == 120);
 
 /// `target_logits_*`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -456,13 +461,16 @@ pub struct Frozen {
     pub reference: usize,
     pub sums: usize,
     pub pitch: i64,
+    pub slice: i64,
     pub scale_at: usize,
     pub scale: f32,
     pub softcap: f32,
     pub features: i32,
     pub accumulate: i32,
+    pub slices: i32,
+    pub reserved: i32,
 }
-const _: () = assert!(size_of::<Frozen>() == 200);
+const _: () = assert!(size_of::<Frozen>() == 216);
 
 /// `tile_statistics_*` and `tile_gradient_*`.
 #[derive(Clone, Copy, Debug, Default)]

@@ -13,7 +13,7 @@ use crate::layout::{
     StoredForwardLayout, padded,
 };
 use crate::params::MAX_POWERS;
-use crate::product::{Matrix, Operation, choose, exists};
+use crate::product::{Matrix, Operation, choose, choose_sliced, exists, slices};
 use crate::share::{LAUNCH, Lends, Outputs, Prices, Share};
 
 /// Where statistics are made.
@@ -55,6 +55,8 @@ pub struct Plan {
     pub(crate) stored: bool,
     /// The forward makes the input's gradient but for factors.
     pub(crate) frozen: bool,
+    /// Shares that the input's gradient sums its classes in.
+    pub(crate) slices: usize,
     /// The classes whose exponentials are kept, where that is not all or none.
     pub(crate) share: Share,
     /// The gradient of the input can hold the packed input.
@@ -152,7 +154,12 @@ pub(crate) fn plan_for(
         frozen: false,
         share: Share::default(),
         compact: outputs.compact,
+        slices: 1,
     };
+    // d(logit_scale) reads the sums; a chunk of the classes keeps the slices of all.
+    if gradients & wanted::INPUT != 0 && gradients & wanted::SCALE == 0 {
+        plan.slices = slices(facts, dtype, (rows, features, classes));
+    }
     let g = Geometry::new(spec, &plan, facts);
 
     if frozen::plan(&mut plan, &g, spec, memory, facts) {
@@ -366,7 +373,8 @@ fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
         let logits = if g.path == Path::Tiled { Operation::Logits } else { Operation::Gradient };
         cost(logits, g.rows, width, g.features)
             + cost(Operation::DwF32, width, g.features, g.rows)
-            + cost(Operation::DeF32, g.rows, g.features, width)
+            + choose_sliced(facts, g.dtype, (g.rows, g.features, width), g.slices)
+                .map_or(0.0, |(_, cost)| cost + LAUNCH)
     };
     let (whole, last) = (g.classes / width, g.classes % width);
     whole as f64 * chunk(width) + if last > 0 { chunk(last) } else { 0.0 }

@@ -162,8 +162,12 @@ impl Choice {
 
     /// Time of an (m, n) product in units of one multiprocessor's work on one output element of depth one.
     pub fn cost(&self, facts: &Facts, m: usize, n: usize) -> f64 {
+        self.cost_of(facts, self.tiles(m, n))
+    }
+
+    fn cost_of(&self, facts: &Facts, tiles: usize) -> f64 {
         let clusters = (facts.multiprocessors / self.tile.cluster).max(1) as usize;
-        let waves = self.tiles(m, n).div_ceil(clusters) as f64;
+        let waves = tiles.div_ceil(clusters) as f64;
         // Measured on an H200 at equal wave counts: more bytes a product cost energy, so clock.
         let penalty = match self.tile.name {
             "c256x192" | "t128x128" => 1.0,
@@ -183,10 +187,11 @@ pub(crate) fn choose(
     m: usize,
     n: usize,
 ) -> Option<Choice> {
-    choose_among(facts, operation, dtype, mapped, m, n, |_| true)
+    choose_among(facts, operation, dtype, mapped, |_| true, |choice| choice.cost(facts, m, n))
 }
 
-/// The same among the kernels whose clusters cover 256 rows, which run listed blocks of so many.
+/// The same among the kernels whose clusters divide blocks of 256 rows, which listed blocks and
+/// slices consist of.
 pub(crate) fn choose_gated(
     facts: &Facts,
     operation: Operation,
@@ -195,7 +200,45 @@ pub(crate) fn choose_gated(
     m: usize,
     n: usize,
 ) -> Option<Choice> {
-    choose_among(facts, operation, dtype, mapped, m, n, |tile| tile.m * tile.cluster == 256)
+    let fits = |tile: &Tile| 256_u32.is_multiple_of(tile.m * tile.cluster);
+    choose_among(facts, operation, dtype, mapped, fits, |choice| choice.cost(facts, m, n))
+}
+
+/// Products a second of one multiprocessor.
+const PRODUCTS: f64 = 0.6e15 / 132.0 / 2.0;
+
+/// The kernel for the input's gradient in `slices` shares of its depth, and its time as `cost` times depth.
+pub(crate) fn choose_sliced(
+    facts: &Facts,
+    dtype: DType,
+    (m, n, k): (usize, usize, usize),
+    slices: usize,
+) -> Option<(Choice, f64)> {
+    let (fold, fits): (f64, fn(&Tile) -> bool) = if slices == 1 {
+        (0.0, |_| true)
+    } else {
+        // Sums are written and read again, mostly in the L2.
+        let bytes = 8 * slices * m.next_multiple_of(256) * n;
+        (bytes as f64 / 2.5e12 + 2e-6, |tile| 256_u32.is_multiple_of(tile.m * tile.cluster))
+    };
+    let depth = k.div_ceil(64).div_ceil(slices) * 64;
+    let cost = |choice: &Choice| choice.cost_of(facts, choice.tiles(m, n) * slices) * depth as f64;
+    let choice = choose_among(facts, Operation::DeF32, dtype, false, fits, cost)?;
+    let cost = cost(&choice) + fold * PRODUCTS;
+    Some((choice, cost))
+}
+
+/// Shares of the depth that the gradient of the input is cut into: few rows make few tiles, which would
+/// leave most multiprocessors idle. Each share has sums of its own, folded in order at the end.
+pub(crate) fn slices(facts: &Facts, dtype: DType, shape: (usize, usize, usize)) -> usize {
+    let cost = |slices| choose_sliced(facts, dtype, shape, slices).map(|found| found.1);
+    let Some(whole) = cost(1) else { return 1 };
+    let most = (shape.2 / 512).clamp(1, 32);
+    (2..=most)
+        .filter_map(|slices| cost(slices).map(|cost| (slices, cost)))
+        .filter(|&(_, cost)| cost < 0.9 * whole)
+        .min_by(|a, b| a.1.total_cmp(&b.1))
+        .map_or(1, |found| found.0)
 }
 
 fn choose_among(
@@ -203,9 +246,8 @@ fn choose_among(
     operation: Operation,
     dtype: DType,
     mapped: bool,
-    m: usize,
-    n: usize,
     fits: impl Fn(&Tile) -> bool,
+    cost: impl Fn(&Choice) -> f64,
 ) -> Option<Choice> {
     if dtype == DType::F64 {
         return None;
@@ -222,7 +264,7 @@ fn choose_among(
                 let name = format!("{}_{}{map}_{tile}", operation.name(), suffix(dtype));
                 images::tile(&name, facts).filter(&fits).map(|tile| Choice { name, tile })
             });
-            choices.min_by(|a, b| a.cost(facts, m, n).total_cmp(&b.cost(facts, m, n)))
+            choices.min_by(|a, b| cost(a).total_cmp(&cost(b)))
         })
     };
     found(operation).or_else(|| found(operation.general()?))
@@ -272,11 +314,11 @@ pub(crate) unsafe fn tensor_cores(
         ..epilogue
     };
     let kernel = images::kernel(stream.device, &choice.name)?;
+    let slices = epilogue.slices.max(1) as usize;
+    let tiles = choice.tiles(m, n) * slices;
     if !choice.by_maps() {
         // SAFETY: the caller's promise.
-        return unsafe {
-            stream.launch_tiles(&choice.name, kernel, choice.tiles(m, n), None, &params)
-        };
+        return unsafe { stream.launch_tiles(&choice.name, kernel, tiles, None, &params) };
     }
     let map = |matrix: &Matrix, columns: usize, rows: usize, tile: (u32, u32)| {
         let pitch = matrix.row_stride as usize * matrix.dtype.size();
@@ -297,19 +339,14 @@ pub(crate) unsafe fn tensor_cores(
         let shared_panels = (tile.n / 64).is_multiple_of(tile.cluster);
         map(b, n, k, (64, if shared_panels { 64 } else { 64 / tile.cluster }))?
     };
+    let d_rows = if slices > 1 { slices * epilogue.slice_rows as usize } else { m };
     let map_d = match d {
-        Some(d) => map(d, n, m, (if d.dtype == DType::F32 { 32 } else { 64 }, 64))?,
+        Some(d) => map(d, n, d_rows, (if d.dtype == DType::F32 { 32 } else { 64 }, 64))?,
         None => map_a,
     };
     // SAFETY: the caller's promise.
     unsafe {
-        stream.launch_tiles(
-            &choice.name,
-            kernel,
-            choice.tiles(m, n),
-            Some(&[map_a, map_b, map_d]),
-            &params,
-        )
+        stream.launch_tiles(&choice.name, kernel, tiles, Some(&[map_a, map_b, map_d]), &params)
     }
 }
 
@@ -386,4 +423,27 @@ pub(crate) unsafe fn plain(
     let grid = (epilogue.n.div_ceil(64), epilogue.m.div_ceil(64));
     // SAFETY: the caller's promise.
     unsafe { stream.launch(&name, grid, 256, 0, &params) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_rows_are_summed_in_slices() {
+        let name = "test".into();
+        let facts = Facts { name, capability: (9, 0), multiprocessors: 132, shared: 232_448 };
+        let slices = |m, n, k| slices(&facts, DType::Bf16, (m, n, k));
+        if choose(&facts, Operation::DeF32, DType::Bf16, false, 1, 1).is_none() {
+            return;
+        }
+        assert_eq!(slices(8192, 4096, 128_256), 1);
+        assert_eq!(slices(8, 64, 500), 1);
+        for (m, n, k) in [(1, 1024, 50_304), (128, 1024, 50_304), (1024, 1024, 50_304)] {
+            let found = slices(m, n, k);
+            assert!(found > 1, "{m} rows: {found}");
+            let sums = found * m.next_multiple_of(256) * n * 4;
+            assert!(sums <= 64 << 20, "{m} rows: {sums} bytes of sums");
+        }
+    }
 }

@@ -9,16 +9,17 @@
 //! others comes with running maxima, and the backward in `backward.rs` turns each chunk into a tile
 //! of gradients of the logits by one pass over it.
 
-use logitless_core::{Error, Gradients, Tensor};
+use logitless_core::{DType, Error, Gradients, Tensor};
 
 use crate::call::{Call, row_view, value, vector};
 use crate::error::Result;
 use crate::forward::select;
+use crate::frozen;
 use crate::layout::{
     Arena, Geometry, StoreLayout, StoredBackwardLayout, StoredForwardLayout, padded, pitch,
 };
 use crate::params::{self, Fields, RowList};
-use crate::product::{Choice, Matrix, Operands, Operation, choose, tensor_cores};
+use crate::product::{Choice, Matrix, Operands, Operation, choose, choose_sliced, tensor_cores};
 use crate::share::{Lends, Piece, Place};
 
 /// Bytes of an accumulator.
@@ -434,7 +435,12 @@ impl Stored<'_> {
         store: &StoreLayout,
         layout: &StoredBackwardLayout,
     ) -> Result<()> {
-        let (call, Some(d_input)) = (self.call, &self.gradients.input) else { return Ok(()) };
+        let (call, g) = (self.call, self.g);
+        let Some(d_input) = &self.gradients.input else { return Ok(()) };
+        if g.slices > 1 {
+            // SAFETY: as for this function.
+            return unsafe { self.sliced_input_gradient(list, x, d_input, store, layout) };
+        }
         // In place where rows keep their places, else packed over the scaled input, which dW has read.
         let in_place = Matrix::packed(d_input.address(), call.dtype, call.features, call.features);
         let direct = list.slots == 0
@@ -482,5 +488,45 @@ impl Stored<'_> {
         let name = format!("unpack_rows_{}", crate::launch::suffix(d_input.dtype()));
         // SAFETY: as above.
         unsafe { call.stream.launch(&name, (call.rows, 1), 256, 0, &params) }
+    }
+
+    /// Few rows: sums of each slice of the classes, then as a frozen head.
+    unsafe fn sliced_input_gradient(
+        &self,
+        list: RowList,
+        x: Matrix,
+        d_input: &Tensor,
+        store: &StoreLayout,
+        layout: &StoredBackwardLayout,
+    ) -> Result<()> {
+        let (call, slices, slice_rows) = (self.call, self.g.slices, padded(self.call.rows));
+        let shape = (call.rows, call.features, call.classes);
+        let sums_pitch = pitch(call.features, DType::F32);
+        let sums = Matrix::packed(layout.sums, DType::F32, call.features, sums_pitch);
+        let (choice, _) = choose_sliced(&call.stream.device.facts, call.dtype, shape, slices)
+            .expect("the plan found it");
+        let epilogue = params::Gemm {
+            count: list.count,
+            m: call.rows as i32,
+            n: call.features as i32,
+            k: call.classes as i32,
+            scale: 1.0,
+            slices: slices as i32,
+            slice_rows: slice_rows as i32,
+            ..params::Gemm::default()
+        };
+        let operands = Operands { a: x, b: call.weight, d: Some(sums) };
+        let (saved, grad) = (self.saved, self.grad);
+        let rows = params::Frozen {
+            sums: layout.sums,
+            slice: (slice_rows * sums_pitch) as i64,
+            slices: slices as i32,
+            ..frozen::rows(call, self.gradients, d_input, list, saved, grad, store.reference)
+        };
+        // SAFETY: operands checked, buffers of the layouts.
+        unsafe {
+            tensor_cores(call.stream, Operation::DeF32, &choice, &operands, epilogue)?;
+            frozen::launch(call, d_input, &rows)
+        }
     }
 }

@@ -16,6 +16,7 @@ struct DirectStore {
   using Half = Element;
   const GemmParams& p;
   int rows, lane, row = 0, column = 0;
+  i64 shift = 0;  // elements from D to the result of this slice of K
 
   __device__ __forceinline__ DirectStore(const GemmParams& p, int rows, int lane)
       : p(p), rows(rows), lane(lane) {}
@@ -26,7 +27,7 @@ struct DirectStore {
   __device__ __forceinline__ void write(int half, int offset, float a, float b) {
     const int r = row + (lane >> 2) + 8 * half, c = column + offset + 2 * (lane & 3);
     if (r >= rows || c >= p.n) return;
-    const i64 at = r * p.ldd + c;
+    const i64 at = shift + r * p.ldd + c;
     if constexpr (Element::kBytes == 2) static_cast<u32*>(p.d)[at / 2] = Element::pack(a, b);
     else *reinterpret_cast<float2*>(static_cast<float*>(p.d) + at) = make_float2(a, b);
   }
@@ -40,7 +41,7 @@ struct DirectStore {
     for (int half = 0; half < 2; half++) {
       const int r = row + (lane >> 2) + 8 * half, c = column + 8 * j + 2 * (lane & 3);
       if (r >= rows || c >= p.n) continue;
-      float2* at = reinterpret_cast<float2*>(static_cast<float*>(p.d) + r * p.ldd + c);
+      float2* at = reinterpret_cast<float2*>(static_cast<float*>(p.d) + shift + r * p.ldd + c);
       float2 x = make_float2(v[2 * half], v[2 * half + 1]);
       if (p.accumulate) {
         const float2 old = *at;

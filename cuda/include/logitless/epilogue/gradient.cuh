@@ -24,6 +24,7 @@ template <class Map, bool kAffine, int kStorePanels>
 struct GradientEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = false;
+  static constexpr bool kSliced = false;
   static constexpr bool kRolled = false;
   enum Plane { kA, kB, kC, kD, kE };
 

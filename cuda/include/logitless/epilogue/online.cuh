@@ -36,6 +36,7 @@ struct OnlineEpilogue {
   static_assert(kEntropy || !kMoments, "the moments share the entropy's pass");
   static constexpr int kPanels = 0;
   static constexpr bool kGated = kRepair;
+  static constexpr bool kSliced = false;
   static constexpr bool kRolled = kMoments;
   static constexpr int kNowhere = 1 << 30;
 

@@ -10,6 +10,7 @@ template <class Targets, int kStorePanels>
 struct HalfStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = false;
+  static constexpr bool kSliced = false;
   static constexpr bool kRolled = false;
 
   template <int kColumns, class Store>
@@ -45,6 +46,7 @@ template <class Map, bool kMapped, class Targets, int kStorePanels>
 struct FloatStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = !kMapped;  // the frozen head's repair: de_f32
+  static constexpr bool kSliced = !kMapped;
   static constexpr bool kRolled = false;
 
   template <int kColumns, class Store>

@@ -23,6 +23,7 @@ template <class Map, int kStorePanels>
 struct StoreExpEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = true;
+  static constexpr bool kSliced = false;
   static constexpr bool kRolled = false;
 
   template <int kColumns, bool kCareful, class Store>

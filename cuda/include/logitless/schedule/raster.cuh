@@ -4,6 +4,9 @@
 // fastest: what runs at one time covers a near-square block of D, so that both operands stay in the
 // L2 (8 x 256 rows measured best; 4 and 16 cost 2-3%). Repairs restrict the rows to a list of
 // 256-row blocks that the device made (GemmParams.gate); an empty list returns at once.
+//
+// Few tiles over a long K leave most of the device idle: the sweep then repeats for each of
+// GemmParams.slices shares of K, and every share writes a result of its own (de_f32).
 #pragma once
 #include "logitless/params.cuh"
 #include "logitless/types.cuh"
@@ -13,35 +16,43 @@ namespace logitless {
 struct Tile {
   int row_block;  // in units of kRows
   int column_block;
+  int slice;  // of K
 };
 
 // kRows: rows of a row block, all CTAs of the cluster together. One instance a thread; all threads
 // of a cluster agree.
-template <int kRows, int kColumns, bool kGated>
+template <int kRows, int kColumns, bool kGated, bool kSliced>
 struct Raster {
   static constexpr int kPerEntry = kRows < 256 ? 256 / kRows : 1;
   static_assert(!kGated || 256 % kRows == 0, "a list entry is whole row blocks");
-  int row_blocks, column_blocks, group;
+  int row_blocks, column_blocks, group, slices;
   const int* list;  // live row blocks, or null
 
   __device__ __forceinline__ Raster(const GemmParams& p, int rows)
       : row_blocks(ceil_div(rows, kRows)),
         column_blocks(ceil_div(p.n, kColumns)),
         group(p.group),
+        slices(kSliced ? max(p.slices, 1) : 1),
         list(nullptr) {
     if (kGated && p.gate) {
       row_blocks = kPerEntry * __ldg(p.gate);
       list = p.gate + 1;
     }
   }
-  __device__ __forceinline__ int tiles() const { return row_blocks * column_blocks; }
+  __device__ __forceinline__ int tiles() const { return row_blocks * column_blocks * slices; }
+  // Blocks of K that each slice sums; those past the end are zeros.
+  __device__ __forceinline__ int share(int k_blocks) const {
+    return kSliced ? ceil_div(k_blocks, slices) : k_blocks;
+  }
 
   __device__ __forceinline__ Tile operator()(int t) const {
+    const int slice = kSliced ? t / (row_blocks * column_blocks) : 0;
+    if (kSliced) t -= slice * (row_blocks * column_blocks);
     const int per_group = group * column_blocks, g = t / per_group, rest = t - g * per_group;
     const int height = min(group, row_blocks - g * group), column = rest / height;
     const int row = g * group + (rest - column * height);
     return {kGated && list ? kPerEntry * __ldg(list + row / kPerEntry) + row % kPerEntry : row,
-            column};
+            column, slice};
   }
 };
 

@@ -72,7 +72,8 @@ struct Sm90Gemm {
   using Position = RingPosition<kStages>;
   using Tiles =
       Raster<kTileM * kCluster, kTileN,
-             Epilogue::kGated && kTileM * kCluster <= 256>;  // a larger tile has no repair
+             Epilogue::kGated && kTileM * kCluster <= 256,  // a larger tile has no repair
+             Epilogue::kSliced>;
 
   // -- producer ----------------------------------------------------------------------------------
   // Loads this CTA's A tile and its share of the B tile of one k-block.
@@ -114,12 +115,13 @@ struct Sm90Gemm {
     for (int t = ptx::cluster_index(); t < total; t += ptx::cluster_count()) {
       const Tile tile = tiles(t);
       const int m = (tile.row_block * kCluster + rank) * kTileM, n = tile.column_block * kTileN;
+      const int k0 = tile.slice * k_blocks * kDepth;
 #pragma unroll 1  // 24 registers: nothing of a second iteration may be alive
       for (int kb = 0; kb < k_blocks; kb++) {
         ptx::mbarrier_wait(empty + 8 * at.stage, at.lap ^ 1);
         ptx::mbarrier_expect(full + 8 * at.stage, kStageBytes);  // out-of-range boxes count in full
         load(map_a, map_b, shared + at.stage * kStageBytes, full + 8 * at.stage, rank, m, n,
-             kb * kDepth);
+             k0 + kb * kDepth);
         at.advance();
       }
     }
@@ -202,9 +204,10 @@ struct Sm90Gemm {
       const int first_row =
           (tile.row_block * kCluster + rank) * kTileM + (kPingPong ? 0 : w * kFragments * 64);
       for_each_fragment<Epilogue::kRolled>(acc, [&](float (&fragment)[kTileN / 2], int f) {
-        store.row = first_row + 64 * f;
+        const int row = first_row + 64 * f;
+        store.row = row + tile.slice * p.slice_rows;
         const Band band{
-            p, rows, store.row + 16 * warp, tile.column_block * kTileN, tile.column_block, lane};
+            p, rows, row + 16 * warp, tile.column_block * kTileN, tile.column_block, lane};
         Epilogue::template run<kTileN>(fragment, band, store);
       });
       if (kPingPong) at.skip(k_blocks);
@@ -236,8 +239,8 @@ struct Sm90Gemm {
     const int count = p.count ? __ldg(p.count) : -1;
     const int rows = count >= 0 && !p.count_is_k ? count : p.m;
     const int depth = count >= 0 && p.count_is_k ? count : p.k;
-    const int k_blocks = ceil_div(depth, kDepth);
     const Tiles tiles(p, rows);
+    const int k_blocks = tiles.share(ceil_div(depth, kDepth));
     if (warpgroup == 0) {
       ptx::registers_shrink<kProducerRegisters>();
       if (warp == 0 && ptx::elect_one())
