@@ -5,7 +5,9 @@ r"""One small case of every CUDA path, for compute-sanitizer; not collected by p
             python tests/sanitize.py
     done
 
-(The products alone, with their own reference: bench/kernels/sanitize.sh.)
+(The products alone, with their own reference: bench/kernels/sanitize.sh. synccheck is for those
+alone, built for clusters of one: here it counts a warp's arrival at the barrier of the other block
+of its cluster as divergence, in the first Hopper kernel that it meets.)
 """
 
 from __future__ import annotations
@@ -36,6 +38,24 @@ def cross_entropy(dtype: Any, memory: str, features: int) -> None:
         e[1] *= 60
     loss = LF.linear_cross_entropy(e, w, y, linear_bias=b, ignore_index=-100, memory=memory)
     loss.backward()
+    # A head and a bias without gradients, a scale with one.
+    fixed, bias = w.detach(), b.detach()
+    LF.linear_cross_entropy(
+        e, fixed, y, linear_bias=bias, ignore_index=-100, memory=memory, softcap=9.0
+    ).backward()
+    scale = torch.tensor(0.8, device="cuda", requires_grad=True)
+    LF.linear_cross_entropy(
+        e, w, y, linear_bias=b, ignore_index=-100, memory=memory, logit_scale=scale
+    ).backward()
+
+
+def few_rows(dtype: Any, memory: str) -> None:
+    """The input's gradient in slices of the classes."""
+    e = tensor(9, 64, dtype=dtype).requires_grad_()
+    w = tensor(5000, 64, dtype=dtype).requires_grad_()
+    y = torch.arange(9, device="cuda")
+    LF.linear_cross_entropy(e, w, y, memory=memory).backward()
+    LF.linear_cross_entropy(e, w.detach(), y, memory=memory).backward()
 
 
 def everything(dtype: Any) -> None:
@@ -66,6 +86,7 @@ def main() -> None:
         for memory in ("lean", "fast"):
             for features in (64, 33):
                 cross_entropy(dtype, memory, features)
+            few_rows(dtype, memory)
         everything(dtype)
     torch.cuda.synchronize()
     print("every path ran", file=sys.stderr)

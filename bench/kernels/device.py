@@ -30,6 +30,7 @@ class Params(c.Structure):
         *((name, c.c_void_p) for name in ("gate", "onehot_w", "onehot_g")),
         ("onehot_ld", c.c_int64),
         *((name, c.c_void_p) for name in ("onehot_start", "onehot_rows", "scale_at")),
+        *((name, c.c_void_p) for name in ("columns", "dots")),
         *((name, c.c_int) for name in INTEGERS),
         *((name, c.c_float) for name in ("scale", "softcap", "shift")),
         ("reserved", c.c_int),
@@ -38,7 +39,7 @@ class Params(c.Structure):
     )
 
 
-assert c.sizeof(Params) == 224
+assert c.sizeof(Params) == 240
 
 
 class LaunchConfig(c.Structure):

@@ -320,7 +320,7 @@ extern "C" __global__ void __launch_bounds__(256) add_maximum(const __grid_const
 extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_constant__ ColumnSumParams p) {
   __shared__ double shared[8][32];
   const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
-  const i64 column = blockIdx.x * 32ll + lane, rows = p.count ? *p.count : p.rows;
+  const i64 column = blockIdx.x * 32ll + lane, live = p.count ? *p.count : p.rows, rows = (live + p.group - 1) / p.group;
   double total = 0.;
   if (column < p.columns) {
     // Short float runs keep the order and the speed; their totals are folded in double.
@@ -329,8 +329,13 @@ extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_consta
       double wide = 0.;
       for (i64 row = first; row < min(rows, first + 8 * 64); row += 8) {
         const i64 at = row * p.tile.row_stride + column * p.tile.column_stride;
-        if (p.tile.dtype == 1) wide += ((const double*)p.tile.data)[at];
-        else run += load_any<float>(p.tile.data, (int)p.tile.dtype, at) * (p.weights ? p.weights[row] : 1.f);
+        if (p.tile.dtype == 1) {
+          wide += ((const double*)p.tile.data)[at];
+        } else {
+          const bool target = p.target && p.target[row] == column;
+          const float x = target ? p.value[row] : load_any<float>(p.tile.data, (int)p.tile.dtype, at);
+          run += x * (p.weights ? p.weights[row] : 1.f);
+        }
       }
       total += run + wide;
     }
@@ -354,6 +359,16 @@ extern "C" __global__ void __launch_bounds__(256) row_dots(const __grid_constant
                load_any<double>(p.gradient.data, (int)p.gradient.dtype, row * p.gradient.row_stride + d * p.gradient.column_stride);
   total = warp_sum(total);
   if (lane == 0) p.partial[row] = total;
+}
+
+// One thread a row.
+extern "C" __global__ void __launch_bounds__(256) absorb_dots(const __grid_constant__ AbsorbDotParams p) {
+  const i64 row = blockIdx.x * 256ll + threadIdx.x;
+  if (row >= p.rows) return;
+  double total = p.first ? 0. : p.partial[row];
+  if (row < (p.count ? *p.count : p.rows))
+    for (int tile = 0; tile < p.tiles; tile++) total += __ldg(p.part + (i64)tile * p.ld_row + row);
+  p.partial[row] = total;
 }
 
 // One block of 256.

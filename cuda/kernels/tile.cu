@@ -449,6 +449,8 @@ __device__ __forceinline__ void tile_gradient(const TileParams& p) {
         g *= (Acc)1 - ratio * ratio;
       }
       out[at + j] = Element<T>::from(g);
+      // Sums over rows read it unrounded; this piece of z has been read.
+      if (p.keep) ((Acc*)p.z)[(i64)slot * p.z_pitch + at + j] = g;
     }
   }
   for (int j = p.width + threadIdx.x; j < p.dx_pitch; j += kThreads) out[j] = Element<T>::from((Acc)0);

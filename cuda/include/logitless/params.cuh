@@ -31,6 +31,8 @@ struct GemmParams {
   const int* onehot_start;   // dw: (m + 1) D[c] += sum of onehot_g[e] * onehot_w[onehot_rows[e]] over the entries
   const int* onehot_rows;    //     e from onehot_start[c] to onehot_start[c + 1]. null: nothing
   const float* scale_at; // device: logit_scale; null: `scale`
+  float* columns;       // gradient_sums: (m / 16, ldd) sums of D over 16 rows, or null
+  float* dots;          // gradient_sums: (class blocks, ld_row) sums of D (E W^T) over a row's block, or null
   int m, n, k;          // extents (upper bounds where count is given)
   int ld_row;           // pitch of per-row planes (part, coef), >= m
   int col0;             // class of column 0 of this launch
@@ -44,7 +46,7 @@ struct GemmParams {
   int slices;           // de_f32: shares of k; each writes its own sums, `slice_rows` rows of D after the last. 0: 1
   int slice_rows;
 };
-static_assert(sizeof(GemmParams) == 224, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(GemmParams) == 240, "mirror rust/gpu/src/params.rs");
 
 // -- shared pieces ---------------------------------------------------------------------------------------------------
 // Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).
@@ -208,17 +210,20 @@ struct AddMaximumParams {
 };
 static_assert(sizeof(AddMaximumParams) == 336, "mirror rust/gpu/src/params.rs");
 
-// column_sum: sums over rows of a gradient tile, times a device scalar.
+// column_sum: sums over rows of a gradient tile, times a device scalar. A row of the tile may be a sum of `group` rows.
 struct ColumnSumParams {
   AnyMatrix tile;
   AnyMatrix out;         // (columns), row_stride
   const int* count;      // or null
   const double* factor;  // or null: 1
   const float* weights;  // (rows) or null: 1
+  const int* target;     // (rows) column that counts as `value`, whatever the tile holds; or null
+  const float* value;
   i64 rows;
   i64 columns;
+  i64 group;
 };
-static_assert(sizeof(ColumnSumParams) == 104, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ColumnSumParams) == 128, "mirror rust/gpu/src/params.rs");
 
 // row_dots: sum over features of packed input x packed gradient; fold_dots: their sum, one block.
 struct DotParams {
@@ -233,6 +238,17 @@ struct DotParams {
   int is_double;
 };
 static_assert(sizeof(DotParams) == 112, "mirror rust/gpu/src/params.rs");
+
+// absorb_dots: sums of each row's class blocks of a chunk, onto the rows' totals.
+struct AbsorbDotParams {
+  const float* part;     // (tiles, ld_row)
+  const int* count;
+  double* partial;       // (rows)
+  i64 rows;
+  int ld_row, tiles;
+  int first, reserved;   // first chunk: the totals are not read
+};
+static_assert(sizeof(AbsorbDotParams) == 48, "mirror rust/gpu/src/params.rs");
 
 // widen_vector: a vector of any type and stride as accumulators.
 struct WidenParams {
@@ -383,7 +399,7 @@ struct TileParams {
   int powers, vector_count, topk;
   double power[8];
   int padded;            // rows of dx to fill with zeros past the live ones
-  int reserved;
+  int keep;              // gradient: also left in z, in accumulators
 };
 static_assert(sizeof(TileParams) == 560, "mirror rust/gpu/src/params.rs");
 

@@ -214,7 +214,9 @@ impl Backward<'_> {
             if let Some(d_weight) = &self.gradients.weight {
                 self.weight_gradient(tile, Matrix::of(d_weight).rows_from(first), count)?;
             }
-            if self.gradients.input.is_some() || self.gradients.scale.is_some() {
+            self.scale_blocks(first, count)?;
+            let scale_from_sums = self.gradients.scale.is_some() && !self.unrounded();
+            if self.gradients.input.is_some() || scale_from_sums {
                 self.input_gradient(tile, weight, first, count)?;
             }
         }
@@ -301,6 +303,11 @@ impl Backward<'_> {
         unsafe { call.stream.launch("row_coefficients", (rows.div_ceil(256), 1), 256, 0, &params) }
     }
 
+    /// Whether the fused tile comes with its sums in float.
+    fn unrounded(&self) -> bool {
+        self.call.plan.unrounded
+    }
+
     /// The tile of logit gradients.
     fn dx(&self) -> Matrix {
         Matrix::packed(self.layout.dx, self.call.dtype, self.width, self.width)
@@ -317,15 +324,21 @@ impl Backward<'_> {
         let g = &self.grad;
         // Cross entropy needs a and e alone.
         let others = [g.entropy, g.sum, g.sum_sq, g.mean, g.variance];
-        let operation = if others.iter().all(|&field| field == 0) {
+        let operation = if self.unrounded() {
+            Operation::GradientSums
+        } else if others.iter().all(|&field| field == 0) {
             Operation::GradientCe
         } else {
             Operation::Gradient
         };
         let facts = &call.stream.device.facts;
-        let choice = choose(facts, operation, call.dtype, call.mapped(), call.rows, count)
+        let mapped = call.mapped() || self.unrounded();
+        let choice = choose(facts, operation, call.dtype, mapped, call.rows, count)
             .expect("the plan found it");
+        let wanted = |gradient: bool, buffer| if gradient { buffer } else { 0 };
         let epilogue = params::Gemm {
+            columns: wanted(self.gradients.bias.is_some(), self.layout.columns),
+            dots: wanted(self.gradients.scale.is_some(), self.layout.block_dots),
             count: self.list.count,
             reference: self.layout.reference,
             target: self.layout.target,
@@ -384,6 +397,7 @@ impl Backward<'_> {
             column0: first as i64,
             width: count as i32,
             padded: padded(call.rows) as i32,
+            keep: i32::from(self.keeps()),
             ..call.tile_params()
         };
         let name = format!("tile_gradient_{}", suffix(call.dtype));
@@ -394,20 +408,38 @@ impl Backward<'_> {
         }
     }
 
+    /// Whether gradients on the tiled path stay in the logits' memory, in accumulators.
+    fn keeps(&self) -> bool {
+        let call = self.call;
+        call.plan.path == Path::Tiled && call.dtype != call.acc && self.gradients.bias.is_some()
+    }
+
     unsafe fn bias_gradient(&self, tile: Matrix, first: usize, count: usize) -> Result<()> {
         let Some(d_bias) = &self.gradients.bias else { return Ok(()) };
         let mut out = vector(d_bias);
         out.data = out.data.wrapping_add_signed(
             first as isize * out.row_stride as isize * d_bias.dtype().size() as isize,
         );
+        // Sums in float where there are some: of 16 rows, or the tile itself before it was rounded.
+        // Kept exponentials have been.
+        let float = |address| Matrix::packed(address, DType::F32, count, self.width);
+        let kept = self.pieces.iter().any(|piece| piece.first == first);
+        let (tile, group) = if self.unrounded() && !kept {
+            (float(self.layout.columns), 16)
+        } else if self.keeps() {
+            (float(self.layout.z), 1)
+        } else {
+            (tile, 1)
+        };
         let params = params::ColumnSum {
             tile: tile.any(),
             out,
             count: self.list.count,
             factor: self.factor,
-            weights: 0,
             rows: self.call.rows as i64,
             columns: count as i64,
+            group,
+            ..params::ColumnSum::default()
         };
         // SAFETY: operands checked, buffers of the layout.
         unsafe { self.call.stream.launch("column_sum", (count.div_ceil(32), 1), 256, 0, &params) }
@@ -525,7 +557,30 @@ impl Backward<'_> {
         }
     }
 
-    /// d(logit_scale) = Σ dx (E Wᵀ) = Σ over rows of E_i · (dx W)_i.
+    /// Adds the chunk's share of Σ dx (E Wᵀ) to each row's, where the tile came with its sums.
+    unsafe fn scale_blocks(&self, first: usize, count: usize) -> Result<()> {
+        let call = self.call;
+        if self.gradients.scale.is_none() || !self.unrounded() {
+            return Ok(());
+        }
+        let facts = &call.stream.device.facts;
+        let choice = choose(facts, Operation::GradientSums, call.dtype, true, call.rows, count)
+            .expect("the plan found it");
+        let params = params::AbsorbDots {
+            part: self.layout.block_dots,
+            count: self.list.count,
+            partial: self.layout.dots,
+            rows: call.rows as i64,
+            ld_row: padded(call.rows) as i32,
+            tiles: count.div_ceil(choice.part_columns()) as i32,
+            first: i32::from(first == 0),
+            reserved: 0,
+        };
+        // SAFETY: buffers of the layout.
+        unsafe { call.stream.launch("absorb_dots", (call.rows.div_ceil(256), 1), 256, 0, &params) }
+    }
+
+    /// d(logit_scale) = Σ dx (E Wᵀ) = Σ over rows of E_i · (dx W)_i, where the rows have no sums yet.
     unsafe fn scale_gradient(&self) -> Result<()> {
         let (call, Some(d_scale)) = (self.call, &self.gradients.scale) else { return Ok(()) };
         let params = params::Dots {
@@ -541,7 +596,9 @@ impl Backward<'_> {
         };
         // SAFETY: operands checked, buffers of the layout.
         unsafe {
-            call.stream.launch("row_dots", (call.rows.div_ceil(8), 1), 256, 0, &params)?;
+            if !self.unrounded() {
+                call.stream.launch("row_dots", (call.rows.div_ceil(8), 1), 256, 0, &params)?;
+            }
             call.stream.launch("fold_dots", (1, 1), 256, 0, &params)
         }
     }

@@ -66,6 +66,8 @@ pub(crate) struct Geometry {
     pub compact: bool,
     /// Shares that the input's gradient sums its classes in.
     pub slices: usize,
+    /// Sums over the gradient tile are made with it.
+    pub unrounded: bool,
 }
 
 impl Geometry {
@@ -89,6 +91,7 @@ impl Geometry {
             share,
             compact,
             slices,
+            unrounded: plan.unrounded,
         }
     }
 
@@ -209,6 +212,9 @@ pub(crate) struct BackwardLayout {
     pub reference: usize,
     pub bias: usize,
     pub dots: usize,
+    /// Sums of the gradient tile over 16 rows, and over a class block of its product with the logits'.
+    pub columns: usize,
+    pub block_dots: usize,
     /// Nothing when the gradient of the input lends its memory.
     pub packed: Option<usize>,
     /// Accumulators of the gradient of the input.
@@ -233,7 +239,11 @@ impl BackwardLayout {
         let bias = arena.take("bias", acc * g.classes);
         let dots = arena.take("coefficients", if g.wants(wanted::SCALE) { 8 * g.rows } else { 0 });
         let packed = (!borrow).then(|| arena.take("packed input", g.packed_bytes()));
-        let with_sums = g.wants(wanted::INPUT | wanted::SCALE);
+        let sums_of = |gradient, bytes| if g.unrounded && g.wants(gradient) { bytes } else { 0 };
+        let columns = arena.take("coefficients", sums_of(wanted::BIAS, 4 * (rows / 16) * width));
+        let block_dots =
+            arena.take("coefficients", sums_of(wanted::SCALE, 4 * rows * width.div_ceil(64)));
+        let with_sums = g.wants(wanted::INPUT) || (g.wants(wanted::SCALE) && !g.unrounded);
         let sums = arena.take("input sums", if with_sums { g.slices * g.sums_bytes() } else { 0 });
         let size = g.dtype.size();
         // Gradients of the accumulators' type overwrite the logits they are made of.
@@ -261,6 +271,8 @@ impl BackwardLayout {
             reference,
             bias,
             dots,
+            columns,
+            block_dots,
             packed,
             sums,
             z,

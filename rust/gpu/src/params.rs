@@ -29,6 +29,8 @@ pub struct Gemm {
     pub onehot_start: usize,
     pub onehot_rows: usize,
     pub scale_at: usize,
+    pub columns: usize,
+    pub dots: usize,
     pub m: i32,
     pub n: i32,
     pub k: i32,
@@ -44,7 +46,7 @@ pub struct Gemm {
     pub slices: i32,
     pub slice_rows: i32,
 }
-const _: () = assert!(size_of::<Gemm>() == 224);
+const _: () = assert!(size_of::<Gemm>() == 240);
 
 /// Rows of a tensor (outer, inner, features) of any strides.
 #[derive(Clone, Copy, Debug, Default)]
@@ -295,10 +297,13 @@ pub struct ColumnSum {
     pub count: usize,
     pub factor: usize,
     pub weights: usize,
+    pub target: usize,
+    pub value: usize,
     pub rows: i64,
     pub columns: i64,
+    pub group: i64,
 }
-const _: () = assert!(size_of::<ColumnSum>() == 104);
+const _: () = assert!(size_of::<ColumnSum>() == 128);
 
 /// `row_dots` and `fold_dots`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -315,6 +320,21 @@ pub struct Dots {
     pub is_double: i32,
 }
 const _: () = assert!(size_of::<Dots>() == 112);
+
+/// `absorb_dots`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct AbsorbDots {
+    pub part: usize,
+    pub count: usize,
+    pub partial: usize,
+    pub rows: i64,
+    pub ld_row: i32,
+    pub tiles: i32,
+    pub first: i32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<AbsorbDots>() == 48);
 
 /// `widen_vector`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -503,7 +523,7 @@ pub struct Tile {
     pub topk: i32,
     pub power: [f64; MAX_POWERS],
     pub padded: i32,
-    pub reserved: i32,
+    pub keep: i32,
 }
 const _: () = assert!(size_of::<Tile>() == 560);
 

@@ -57,6 +57,8 @@ pub struct Plan {
     pub(crate) frozen: bool,
     /// Shares that the input's gradient sums its classes in.
     pub(crate) slices: usize,
+    /// Gradients of bias and scale are summed before the logits' are rounded to 16 bits.
+    pub(crate) unrounded: bool,
     /// The classes whose exponentials are kept, where that is not all or none.
     pub(crate) share: Share,
     /// The gradient of the input can hold the packed input.
@@ -122,17 +124,24 @@ pub(crate) fn plan_for(
     facts: &Facts,
     outputs: Outputs,
 ) -> Result<Plan> {
-    let limit = |argument, value: usize, most: usize| {
-        let expected = format!("at most {most} on CUDA");
-        if value > most {
-            Err(CallError::Value { argument, value: value.to_string(), expected })
-        } else {
+    let limit = |argument, value: usize, least: usize, most: usize| {
+        let expected = format!("{least} to {most} on CUDA");
+        if (least..=most).contains(&value) {
             Ok(())
+        } else {
+            Err(CallError::Value { argument, value: value.to_string(), expected })
         }
     };
-    limit("powers", spec.powers().len(), MAX_POWERS)?;
-    for (argument, value) in [("rows", rows), ("features", features), ("classes", classes)] {
-        limit(argument, value, i32::MAX as usize - 65_536)?;
+    limit("powers", spec.powers().len(), 0, MAX_POWERS)?;
+    for (argument, value, least) in
+        [("rows", rows, 0), ("features", features, 1), ("classes", classes, 1)]
+    {
+        limit(argument, value, least, i32::MAX as usize - 65_536)?;
+    }
+    limit("topk", spec.topk(), 0, classes)?;
+    if !dtype.is_float() {
+        let expected = "float32, float64, bfloat16 or float16".into();
+        return Err(CallError::DType { argument: "input", dtype: dtype.name(), expected }.into());
     }
     let path = path(spec, dtype, facts, rows, classes);
     let mode = if path == Path::Tiled { "tiled" } else { "fused" };
@@ -155,9 +164,17 @@ pub(crate) fn plan_for(
         share: Share::default(),
         compact: outputs.compact,
         slices: 1,
+        unrounded: false,
     };
-    // d(logit_scale) reads the sums; a chunk of the classes keeps the slices of all.
-    if gradients & wanted::INPUT != 0 && gradients & wanted::SCALE == 0 {
+    let sums = gradients & (wanted::BIAS | wanted::SCALE) != 0;
+    // The cotangent of `max` is added to the rounded tile.
+    plan.unrounded = sums
+        && path != Path::Tiled
+        && dtype != dtype.accumulator()
+        && !spec.statistics().any(|name| name == "max")
+        && exists(facts, Operation::GradientSums, dtype);
+    // d(logit_scale) may read the sums; a chunk of the classes keeps the slices of all.
+    if gradients & wanted::INPUT != 0 && (gradients & wanted::SCALE == 0 || plan.unrounded) {
         plan.slices = slices(facts, dtype, (rows, features, classes));
     }
     let g = Geometry::new(spec, &plan, facts);
@@ -250,6 +267,10 @@ fn partly_stored(
     facts: &Facts,
     lends: Lends,
 ) -> Option<Plan> {
+    // Exponentials in 16 bits would show in sums that cancel: only who asks for them gets them.
+    if memory == Memory::Lean && g.unrounded {
+        return None;
+    }
     let allowed = if let Memory::Bytes(bytes) = memory { bytes } else { 0 };
     let lists = {
         // Rows, targets and references, without any exponential.
@@ -553,6 +574,23 @@ mod tests {
             &h200(),
             Outputs::default(),
         );
-        assert!(plan.unwrap_err().to_string().contains("at most 8"));
+        assert!(plan.unwrap_err().to_string().contains("0 to 8"));
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let spec = Spec::new(&["rest", "topk"], &[], 0, 9, 0).unwrap();
+        for (features, classes, dtype, word) in [
+            (0, 9, DType::F32, "features"),
+            (8, 0, DType::F32, "classes"),
+            (8, 9, DType::I64, "input"),
+            (8, 8, DType::F32, "topk"),
+        ] {
+            let (memory, outputs) = (Memory::Lean, Outputs::default());
+            let plan =
+                plan_for(&spec, 8, features, classes, dtype, memory, 0, true, &h200(), outputs);
+            let error = plan.unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        }
     }
 }

@@ -79,6 +79,8 @@ pub(crate) enum Operation {
     GradientCe,
     /// Gradient of the logits of every fused statistic.
     Gradient,
+    /// The same, and sums over its rows and columns in float.
+    GradientSums,
     /// The logits themselves.
     Logits,
     /// Gradient of the weight, in the operands' type.
@@ -101,6 +103,7 @@ impl Operation {
             Operation::StoreExp => "store_exp",
             Operation::GradientCe => "gradient_ce",
             Operation::Gradient => "gradient",
+            Operation::GradientSums => "gradient_sums",
             Operation::Logits => "logits",
             Operation::Dw => "dw",
             Operation::DwF32 => "dw_f32",

@@ -306,7 +306,7 @@ impl Stored<'_> {
             self.set_targets(list, &store, layout.ratio)?;
             self.scaled_input(list, packed, layout.factor)?;
             self.weight_gradient(list, x, packed)?;
-            self.bias_gradient(list, x, layout.factor)?;
+            self.bias_gradient(list, x, &store, &layout)?;
             self.set_targets(list, &store, 0)?;
             self.input_gradient(list, x, packed, &store, &layout)
         }
@@ -412,16 +412,26 @@ impl Stored<'_> {
         }
     }
 
-    unsafe fn bias_gradient(&self, list: RowList, x: Matrix, factor: usize) -> Result<()> {
+    /// The targets' part in float: the exponentials cancel it.
+    unsafe fn bias_gradient(
+        &self,
+        list: RowList,
+        x: Matrix,
+        store: &StoreLayout,
+        layout: &StoredBackwardLayout,
+    ) -> Result<()> {
         let (call, Some(d_bias)) = (self.call, &self.gradients.bias) else { return Ok(()) };
         let params = params::ColumnSum {
             tile: x.any(),
             out: vector(d_bias),
             count: list.count,
             factor: 0,
-            weights: factor,
+            weights: layout.factor,
+            target: store.target,
+            value: layout.ratio,
             rows: call.rows as i64,
             columns: call.classes as i64,
+            group: 1,
         };
         // SAFETY: operands checked, buffers of the layouts.
         unsafe { call.stream.launch("column_sum", (call.classes.div_ceil(32), 1), 256, 0, &params) }

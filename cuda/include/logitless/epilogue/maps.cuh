@@ -3,7 +3,8 @@
 //   Scaled   z = scale * acc: the factor folds into the exponential's multiplier
 //   Capped   z = softcap * tanh((scale * acc + bias) / softcap): either part may be absent
 //
-// apply() turns accumulators into z / factor() in place; slope() is dz/dx.
+// apply() turns accumulators into z / factor() in place, value() makes one z beside its product;
+// slope() is dz/dx.
 #pragma once
 #include "logitless/epilogue/band.cuh"
 
@@ -49,6 +50,13 @@ struct Capped {
 #pragma unroll
       for (int i = 0; i < kColumns / 2; i++) acc[i] = p.softcap * ptx::tanh(acc[i] * inverse);
     }
+  }
+
+  // z of one product.
+  static __device__ __forceinline__ float value(float acc, float scale, float bias, float softcap,
+                                                float inverse) {
+    const float x = fmaf(scale, acc, bias);
+    return inverse == 0.f ? x : softcap * ptx::tanh(x * inverse);
   }
 
   // 1 - (z / softcap)^2; inverse = 1 / softcap, or 0 without one (z = -inf is a masked class).

@@ -9,6 +9,7 @@
 //   store_exp      E, W            half   exponentials against the target's logit, and their sums
 //   gradient_ce    E, W            half   G from a, e
 //   gradient       E, W            half   G from a, b, c, d, e
+//   gradient_sums  E, W            half   the same, and sums over its rows and columns
 //   logits         E, W            float  z
 //   dw, dw_f32     G^T, E^T        half, float
 //   de, de_f32     G, W^T          half, float
@@ -48,6 +49,9 @@ struct Operation<OP_GRADIENT_CE, Map, kPanels>
 template <class Map, int kPanels>
 struct Operation<OP_GRADIENT, Map, kPanels>
     : OperationOf<GradientEpilogue<Map, true, kPanels>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_GRADIENT_SUMS, Map, kPanels>
+    : OperationOf<GradientEpilogue<Map, true, kPanels, true>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_LOGITS, Map, kPanels>
     : OperationOf<FloatStoreEpilogue<Map, true, NoTargets, kPanels>, 0, 0> {};
