@@ -1,12 +1,17 @@
-"""The table of a GPU: cross entropy beside the cuBLAS products that it contains.
+"""The table of a GPU: cross entropy beside the cuBLAS products that it contains, and its rivals.
 
-    python bench/gpu.py [--seconds 0.5] [--rounds 12] [--json FILE]
+    python bench/gpu.py [--json FILE]                    about four minutes
+    python bench/gpu.py --items mm,gemms,forward,lean --shapes 8192,4096,128256
+    python bench/gpu.py --edge [--json FILE]             one size at a time taken to its extremes
 
 For each shape, in bf16: `mm` is torch.mm of E·Wᵀ, `gemms` that and the two products of the
-gradients. Each item is timed twice: *interleaved*, once a round in random order, the median of the
-rounds (all items share a clock); and *sustained*, back to back alone for `--seconds` after as much
-of warming up (a power-limited card lowers its clock under a heavy kernel: what a training loop
-sees). Ratios are to `mm` interleaved and to `gemms` sustained; `forward` is to `mm` in both.
+gradients (on classes padded to 64, as cuBLAS needs). Every item is timed twice: *interleaved*, once
+a round in random order, medians of the rounds: all items share a clock; and *sustained*, alone and
+back to back for `--seconds` after a warm-up of the same, as a training loop does: a power-limited
+card lowers its clock under a heavy kernel. Sustained passes take the items in another random order
+each, cuBLAS among them, so that nobody is always measured on the cooler card; a ratio is the median
+over the passes of the ratio within a pass, and the spread is that of the item's passes. Memory is
+the peak above what was there before one call (gradients included).
 """
 
 from __future__ import annotations
@@ -14,15 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
-from statistics import median
 from typing import Any
 
 import torch
+from gpu_edge import edges
+from gpu_items import OURS, RIVALS, errors, items
+from gpu_timing import interleaved, peak, ratio, sustained
 
-import logitless.functional as LF
-
-SHAPES = [
+SHAPES = (
     (8192, 2304, 256000),
     (8192, 4096, 128256),
     (8192, 3584, 152064),
@@ -30,145 +34,117 @@ SHAPES = [
     (8192, 1024, 65536),
     (8192, 3072, 32064),
     (8192, 768, 50257),
-]
-Run = Callable[[], Any]
+)
+YARDSTICKS = ("mm", "gemms")
+FORWARDS = ("forward", "rl forward")
+Shape = tuple[int, int, int]
+Report = dict[str, Any]
 
 
-def problem(rows: int, features: int, classes: int) -> tuple[Any, ...]:
-    """Random head with half of the rows confident, and one row in a hundred ignored."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def normal(*shape: int) -> Any:
-        return torch.randn(*shape, generator=generator, device="cuda")
-
-    weight = (normal(classes, features) * 1.5 / features**0.5).bfloat16()
-    input = normal(rows, features)
-    target = torch.randint(classes, (rows,), generator=generator, device="cuda")
-    input[::2] += 9 / 1.5**2 * weight[target[::2]].float()
-    target[torch.rand(rows, generator=generator, device="cuda") < 0.01] = -100
-    return input.bfloat16().requires_grad_(), weight.requires_grad_(), target
+def parse(text: str) -> Shape:
+    """A shape from the command line."""
+    rows, features, classes = map(int, text.split(","))
+    return rows, features, classes
 
 
-def items(rows: int, features: int, classes: int) -> dict[str, Run]:
-    """What is timed, by name."""
-    input, weight, target = problem(rows, features, classes)
-    # cuBLAS leaves its fast path where rows of the logits are not 16-byte aligned: pad for it.
-    padded = -(-classes // 64) * 64
-    head = torch.zeros(padded, features, device="cuda", dtype=torch.bfloat16)
-    head[:classes] = weight.detach()
-    hidden = input.detach()
-    logits = torch.empty(rows, padded, device="cuda", dtype=torch.bfloat16).normal_()
-
-    def step(**options: Any) -> Any:
-        loss = LF.linear_cross_entropy(input, weight, target, ignore_index=-100, **options)
-        return torch.autograd.grad(loss, (input, weight))
-
-    def frozen() -> Any:
-        fixed = weight.detach()
-        loss = LF.linear_cross_entropy(input, fixed, target, ignore_index=-100)
-        return torch.autograd.grad(loss, input)
-
-    def policy(**options: Any) -> Any:
-        s = LF.linear_log_prob(input, weight, target, ignore_index=-100, **options)
-        total = s.log_prob.sum() + 0.01 * s.entropy.sum()
-        return torch.autograd.grad(total, (input, weight))
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return LF.linear_cross_entropy(input, weight, target, ignore_index=-100)
-
-    def gemms() -> Any:
-        torch.mm(hidden, head.T, out=product)
-        torch.mm(logits, head, out=d_hidden)
-        torch.mm(logits.T, hidden, out=d_head)
-
-    product, d_hidden, d_head = (torch.empty_like(x) for x in (logits, hidden, head))
+def measure(shape: Shape, wanted: list[str], options: argparse.Namespace) -> Report:
+    """Every item of a shape."""
+    torch._dynamo.reset()
+    runs, missing = items(*shape, wanted)
+    peaks = {name: peak(run) for name, run in runs.items() if name not in YARDSTICKS}
+    together = interleaved(runs, options.rounds)
+    mine = {name: run for name, run in runs.items() if name not in RIVALS}
+    alone = sustained(mine, options.seconds, options.warm, options.passes, together)
+    rivals = {name: run for name, run in runs.items() if name in RIVALS}
+    alone |= sustained(rivals, options.seconds, options.warm, 1, together)
     return {
-        "mm": lambda: torch.mm(hidden, head.T, out=product),
-        "gemms": gemms,
-        "forward": forward,
-        "lean": step,
-        "fast": lambda: step(memory="fast"),
-        "frozen": frozen,
-        "rl lean": policy,
+        "shape": shape,
+        "interleaved": together,
+        "sustained": alone,
+        "peak_mib": peaks,
+        "missing": missing,
     }
 
 
-def elapsed(run: Run, times: int = 1) -> float:
-    """Milliseconds of one of `times` runs."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(times):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / times
+def show(report: Report) -> None:
+    """One shape, a line an item."""
+    together, alone, peaks = report["interleaved"], report["sustained"], report["peak_mib"]
+    print(f"{report['shape']}: interleaved ms, x mm | sustained ms (spread), x mm, x gemms | MiB")
+    for name in together:
+        once, (ms, spread) = together[name], summary(alone[name])
+        cells = [
+            f"{once:8.3f} {once / together['mm']:6.3f}" if "mm" in together else f"{once:8.3f}"
+        ]
+        cells.append(f"{ms:8.3f} ({spread:4.1%})")
+        cells += [f"{ratio(alone, name, base):6.3f}" for base in YARDSTICKS if base in alone]
+        print(f"  {name:10s}", " ".join(cells), f"{peaks[name]:8.0f}" if name in peaks else "")
+    for name, why in report["missing"].items():
+        print(f"  {name:10s} {why}")
+    print(flush=True)
 
 
-def interleaved(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """Median time of each item, one of each a round, in random order."""
-    order = list(runs)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for name in order:
-        runs[name]()
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            times[name].append(elapsed(runs[name]))
-    return {name: median(values) for name, values in times.items()}
+def summary(values: list[float]) -> tuple[float, float]:
+    """Median, and range as a share of it."""
+    ordered = sorted(values)
+    middle = ordered[len(ordered) // 2]
+    return middle, (ordered[-1] - ordered[0]) / middle
 
 
-def sustained(run: Run, seconds: float) -> float:
-    """Time of one run among many, after as many to warm up."""
-    times = max(3, int(seconds * 1e3 / elapsed(run)))
-    elapsed(run, times)
-    return elapsed(run, times)
-
-
-def errors(rows: int = 2048, features: int = 1024, classes: int = 32768) -> dict[str, float]:
-    """Relative Frobenius error of the gradients against fp32 arithmetic on the same inputs."""
-    input, weight, target = problem(rows, features, classes)
-    leaves = [x.detach().float().requires_grad_() for x in (input, weight)]
-    loss = torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T, target)
-    expected = torch.autograd.grad(loss, leaves)
-    found = {}
-    for memory in ("lean", "fast"):
-        mine = LF.linear_cross_entropy(input, weight, target, ignore_index=-100, memory=memory)
-        got = torch.autograd.grad(mine, (input, weight))
-        for name, a, b in zip(("dE", "dW"), got, expected, strict=True):
-            found[f"{memory} {name}"] = float((a.float() - b).norm() / b.norm())
-    return found
+def overview(reports: list[Report]) -> None:
+    """The ratios that the goals are about, a line a shape."""
+    names = [n for n in reports[0]["sustained"] if n not in YARDSTICKS]
+    print("x mm (forward) or x gemms, sustained / interleaved x mm:")
+    print(f"{'D, V':14s}", *(f"{name:>15s}" for name in names))
+    for report in reports:
+        alone, together = report["sustained"], report["interleaved"]
+        if not set(YARDSTICKS) <= set(alone):
+            return
+        cells = []
+        for name in names:
+            if name in alone:
+                base = "mm" if name in FORWARDS else "gemms"
+                pair = f"{ratio(alone, name, base):.3f} / {together[name] / together['mm']:.3f}"
+                cells.append(f"{pair:>15s}")
+            else:
+                cells.append(f"{'-':>15s}")
+        print(f"{report['shape'][1]}, {report['shape'][2]:<8d}", *cells)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of a sustained measurement")
+    parser.add_argument("--warm", type=float, default=0.25, help="seconds of the item before it")
+    parser.add_argument("--passes", type=int, default=3, help="sustained, of all but rivals")
+    parser.add_argument("--rounds", type=int, default=12, help="interleaved")
+    parser.add_argument("--items", default="all", help=f"of {', '.join((*OURS, *RIVALS))}; ours")
+    parser.add_argument("--shapes", nargs="*", type=parse, help="N,D,V ...")
+    parser.add_argument("--edge", action="store_true")
     parser.add_argument("--json")
-    arguments = parser.parse_args()
+    options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     random.seed(0)
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    groups = {"all": [*OURS, *RIVALS], "ours": list(OURS)}
+    wanted = groups.get(options.items) or options.items.split(",")
+    unknown = set(wanted) - {*OURS, *RIVALS}
+    if unknown:
+        parser.error(f"--items: {', '.join(sorted(unknown))}: expected {', '.join(groups['all'])}")
+    report: Report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    report["options"] = vars(options)
     print(f"{report['device']}, torch {report['torch']}")
-    print("errors against fp32:", {k: f"{v:.2e}" for k, v in errors().items()})
-    report["shapes"] = []
-    for shape in SHAPES:
-        runs = items(*shape)
-        together = interleaved(runs, arguments.rounds)
-        alone = {name: sustained(run, arguments.seconds) for name, run in runs.items()}
-        report["shapes"].append({"shape": shape, "interleaved": together, "sustained": alone})
-        print(f"{shape}: mm {together['mm']:.3f} | {alone['mm']:.3f} ms", flush=True)
-        for name in list(runs)[1:]:
-            base = "mm" if name in ("forward", "gemms") else "gemms"
-            print(
-                f"    {name:8s} {together[name]:8.3f} ms = {together[name] / together['mm']:.3f} mm"
-                f" | {alone[name]:8.3f} ms = {alone[name] / alone[base]:.3f} {base}"
-            )
-        del runs
-        torch.cuda.empty_cache()
-    if arguments.json:
-        with open(arguments.json, "w") as file:
+    if options.edge:
+        report["edges"] = edges(options.warm, options.seconds)
+    else:
+        report["errors"] = errors()
+        print("errors against fp32:", {k: f"{v:.2e}" for k, v in report["errors"].items()})
+        report["shapes"] = []
+        for shape in options.shapes or SHAPES:
+            report["shapes"].append(measure(shape, wanted, options))
+            show(report["shapes"][-1])
+            torch.cuda.empty_cache()
+        overview(report["shapes"])
+    if options.json:
+        with open(options.json, "w") as file:
             json.dump(report, file, indent=1)
 
 

@@ -43,6 +43,11 @@ def items(kernels: Kernels, n: int, d: int, v: int, pattern: str) -> Items:
     shift = 116.0 - math.ceil(math.log2(v))
     logits = {"ref": rest, "target": target.int(), "coef": coef, "shift": shift, "softcap": 30.0}
     logits |= {"part": part, "part_plane": part.stride(0)}
+    order = torch.argsort(target, stable=True)
+    start = torch.zeros(v + 1, device=DEVICE, dtype=torch.int32)
+    start[1:] = torch.bincount(target, minlength=v).cumsum(0)
+    lists = {"onehot_w": e, "onehot_ld": d, "onehot_g": torch.randn(n, device=DEVICE)}
+    lists |= {"onehot_start": start, "onehot_rows": order.int()}
     out: Items = {"E Wt": lambda: torch.mm(e, w.t(), out=z)}
     for name, kernel in kernels.table.items():
         if kernel["dtype"] != "bf16" or pattern not in name:
@@ -54,6 +59,9 @@ def items(kernels: Kernels, n: int, d: int, v: int, pattern: str) -> Items:
         elif operation.startswith("dw"):
             result = dw32 if operation.endswith("f32") else dw
             out[name] = Launch(kernels, name, (v, d, n), x, e, result, ld_row=v)
+            out[f"{name} + targets"] = Launch(
+                kernels, name, (v, d, n), x, e, result, ld_row=v, **lists
+            )
         elif operation == "de":
             hot = {"onehot_w": w, "onehot_g": rest, "onehot_ld": d, "target": target.int()}
             out[name] = Launch(kernels, name, (n, d, v), x, w, de, coef=coef, **hot)
