@@ -121,14 +121,13 @@ class Case:
         dtype = DTYPES[self.dtype]
         self.fields["alpha"] = torch.tensor([0.37], device=DEVICE)
         wanted = 0.37 * self.product
-        if self.operation.startswith("dw"):
-            wanted = wanted + self.class_targets()
+        hot = self.class_targets() if self.operation.startswith("dw") else 0.0
         if self.operation.endswith("f32"):
             out = self.output(torch.float32)
             self.launch(out)
             self.fields["accumulate"] = 1
             self.launch(out)
-            self.result("twice", out, 2 * wanted, EXACT[self.dtype])
+            self.result("twice", out, 2 * (wanted + hot), EXACT[self.dtype])
             return
         factor = torch.rand(m + 3, device=DEVICE) + 0.5
         self.fields["coef"] = factor
@@ -138,11 +137,11 @@ class Case:
             target = torch.randint(-1, 50, (m,), device=DEVICE, dtype=torch.int32)
             g = torch.randn(m, device=DEVICE)
             self.fields.update(onehot_w=w, onehot_g=g, onehot_ld=w.stride(0), target=target)
-            hot = torch.where(target >= 0, g, 0.0).double()[:, None]
-            wanted = wanted + hot * w.double()[target.clamp(min=0).long(), :n]
+            at_target = torch.where(target >= 0, g, 0.0).double()[:, None]
+            hot = at_target * w.double()[target.clamp(min=0).long(), :n]
         out = self.output(dtype)
         self.launch(out)
-        self.result("result", out, wanted, ROUNDING[self.dtype])
+        self.result("result", out, wanted + hot, ROUNDING[self.dtype])
 
     def class_targets(self) -> Tensor:
         """The targets' part of dW, from lists of 0, 1, a few and hundreds of rows a class."""

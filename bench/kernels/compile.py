@@ -151,6 +151,8 @@ def main() -> None:
         registers = re.findall(r"Used (\d+) registers", log)
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         print(f"{kernel.name:32s} registers {registers} spills {spills} shared {kernel.shared}")
+        for line in re.findall(r".*(?:warning|serialized).*", log):
+            print("   ", line)
         built[kernel.name] = asdict(kernel) | {"by_maps": kernel.by_maps}
     (arguments.out / "kernels.json").write_text(json.dumps(built, indent=1))
 

@@ -32,6 +32,7 @@ struct GradientEpilogue {
   static constexpr bool kSliced = false;
   static constexpr bool kRolled = kSums;
   static_assert(!kSums || Map::kCapped, "products and logits side by side");
+  static constexpr bool kAhead = false;
   enum Plane { kA, kB, kC, kD, kE };
 
   template <int kColumns, bool kCareful, class Store>

@@ -38,6 +38,7 @@ struct OnlineEpilogue {
   static constexpr bool kGated = kRepair;
   static constexpr bool kSliced = false;
   static constexpr bool kRolled = kMoments;
+  static constexpr bool kAhead = false;
   static constexpr int kNowhere = 1 << 30;
 
   // Lowest column of a row half with a nan, or kNowhere. Rare: only where a sum came out nan.

@@ -12,6 +12,13 @@ struct HalfStoreEpilogue {
   static constexpr bool kGated = false;
   static constexpr bool kSliced = false;
   static constexpr bool kRolled = false;
+  static constexpr bool kAhead = Targets::kAhead;
+
+  // While the products of a tile run.
+  template <int kColumns>
+  static __device__ __forceinline__ void ahead(const Band& band) {
+    Targets::template ahead<kColumns>(band);
+  }
 
   template <int kColumns, class Store>
   static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band,
@@ -48,6 +55,13 @@ struct FloatStoreEpilogue {
   static constexpr bool kGated = !kMapped;  // the frozen head's repair: de_f32
   static constexpr bool kSliced = !kMapped;
   static constexpr bool kRolled = false;
+  static constexpr bool kAhead = Targets::kAhead;
+
+  // While the products of a tile run.
+  template <int kColumns>
+  static __device__ __forceinline__ void ahead(const Band& band) {
+    Targets::template ahead<kColumns>(band);
+  }
 
   template <int kColumns, class Store>
   static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band,

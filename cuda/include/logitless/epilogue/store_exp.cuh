@@ -25,6 +25,7 @@ struct StoreExpEpilogue {
   static constexpr bool kGated = true;
   static constexpr bool kSliced = false;
   static constexpr bool kRolled = false;
+  static constexpr bool kAhead = false;
 
   template <int kColumns, bool kCareful, class Store>
   static __device__ __forceinline__ void body(float (&acc)[kColumns / 2], const Band& band,

@@ -13,26 +13,30 @@
 namespace logitless {
 
 struct NoTargets {
+  static constexpr bool kAhead = false;
   template <class Half, int kColumns>
   static __device__ __forceinline__ void add(float (&)[kColumns / 2], const Band&) {}
 };
 
-// acc += g * row of onehot_w, one half of the band's rows. 4 bytes a load: the quad's lanes take 16
-// bytes of the row, and as many loads fly as registers hold.
-template <class Half, int kColumns>
+// acc += g * row of onehot_w, in one half of the band's rows. 4 bytes a load: the quad's lanes take
+// 16 bytes of the row. kWhole: every column exists. A load behind a branch of its own waits for the
+// one before, and the tile for 32 trips to memory instead of one (17% of dW).
+template <class Half, int kColumns, bool kWhole>
 __device__ __forceinline__ void add_row(float (&acc)[kColumns / 2], const Band& band, int half,
                                         i64 row, float g) {
   const int column = band.my_column();
+  const i64 at = row * band.p.onehot_ld + column;
 #pragma unroll
   for (int j = 0; j < kColumns / 8; j++) {
-    if (column + 8 * j >= band.p.n) continue;
-    const float2 x = Half::pair(band.p.onehot_w, row * band.p.onehot_ld + column + 8 * j);
+    if (!kWhole && column + 8 * j >= band.p.n) continue;
+    const float2 x = Half::pair(band.p.onehot_w, at + 8 * j);
     acc[4 * j + 2 * half] = fmaf(g, x.x, acc[4 * j + 2 * half]);
     acc[4 * j + 2 * half + 1] = fmaf(g, x.y, acc[4 * j + 2 * half + 1]);
   }
 }
 
 struct RowTargets {
+  static constexpr bool kAhead = false;
   template <class Half, int kColumns>
   static __device__ __forceinline__ void add(float (&acc)[kColumns / 2], const Band& band) {
 #pragma unroll
@@ -41,17 +45,34 @@ struct RowTargets {
                         ? __ldg(band.p.target + band.my_row(half))
                         : -1;
       if (y >= 0)
-        add_row<Half, kColumns>(acc, band, half, y, __ldg(band.p.onehot_g + band.my_row(half)));
+        add_row<Half, kColumns, false>(acc, band, half, y,
+                                       __ldg(band.p.onehot_g + band.my_row(half)));
     }
   }
 };
 
 struct ClassTargets {
-  // Longer lists are summed by the whole warp: a frequent token has hundreds of rows, and one quad
-  // alone would take them at the pace of the L2's latency while the tile waits.
-  static constexpr int kLong = 8;
+  static constexpr bool kAhead = true;
+
+  // Brings what `add` will read of the band into the L1 (lists) and the L2 (rows: a lane takes 128
+  // bytes of an entry's).
   template <int kColumns>
-  static constexpr int kAtOnce = kColumns == 256 ? 4 : 8;  // entries; neither spills
+  static __device__ __forceinline__ void ahead(const Band& band) {
+    const GemmParams& p = band.p;
+    if (!p.onehot_start || band.row >= band.rows) return;
+    const int part = 64 * (band.lane & 3), column = band.column + part;
+    const int last = __ldg(p.onehot_start + min(band.row + 16, band.rows));
+    if (part >= kColumns || column >= p.n) return;
+#pragma unroll 1
+    for (int e = __ldg(p.onehot_start + band.row) + band.lane / 4; e < last; e += 8)
+      ptx::prefetch(static_cast<const u16*>(p.onehot_w) +
+                    __ldg(p.onehot_rows + e) * p.onehot_ld + column);
+  }
+
+  // Longer lists are summed by the whole warp: a frequent token has hundreds of rows, and one quad
+  // alone would take them at the pace of the L2's latency while the tile waits. So are all lists of
+  // a tile that reaches past the last column.
+  static constexpr int kLong = 8;
 
   // Lane (quad q, t) sums columns 8 (q + 8 i) + 2 t + {0, 1}: 128 bytes of a row a load of the warp.
   // Then the quad of the band's row `owner` collects them.
@@ -63,14 +84,14 @@ struct ClassTargets {
     const int* start = p.onehot_start + band.row + owner;
     const int last = __ldg(start + 1);
     float sum[kColumns / 32] = {};
-#pragma unroll kAtOnce<kColumns>
+#pragma unroll 2
     for (int e = __ldg(start); e < last; e++) {
       const float g = __ldg(p.onehot_g + e);
       const i64 at = __ldg(p.onehot_rows + e) * p.onehot_ld + column;
 #pragma unroll
       for (int i = 0; i < kColumns / 64; i++) {
-        if (column + 64 * i >= p.n) continue;
-        const float2 x = Half::pair(p.onehot_w, at + 64 * i);
+        float2 x = make_float2(0.f, 0.f);
+        if (column + 64 * i < p.n) x = Half::pair(p.onehot_w, at + 64 * i);
         sum[2 * i] = fmaf(g, x.x, sum[2 * i]);
         sum[2 * i + 1] = fmaf(g, x.y, sum[2 * i + 1]);
       }
@@ -91,17 +112,19 @@ struct ClassTargets {
   static __device__ __forceinline__ void add(float (&acc)[kColumns / 2], const Band& band) {
     const GemmParams& p = band.p;
     if (!p.onehot_start) return;
+    const int most = band.ragged(kColumns) ? 0 : kLong;
     u32 waiting = 0;  // bit 4 * quad + half
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int* start = p.onehot_start + band.my_row(half);
       int e = band.live(half) ? __ldg(start) : 0;
       const int last = band.live(half) ? __ldg(start + 1) : 0;
-      const bool is_long = last - e > kLong;
+      const bool is_long = last - e > most;
       waiting |= (__ballot_sync(kFullWarp, is_long) & 0x11111111u) << half;
       if (is_long) continue;
       for (; e < last; e++)
-        add_row<Half, kColumns>(acc, band, half, __ldg(p.onehot_rows + e), __ldg(p.onehot_g + e));
+        add_row<Half, kColumns, true>(acc, band, half, __ldg(p.onehot_rows + e),
+                                      __ldg(p.onehot_g + e));
     }
 #pragma unroll 1
     while (waiting) {

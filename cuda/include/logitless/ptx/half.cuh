@@ -14,7 +14,7 @@ struct Bf16 {
   }
   // Elements at and at + 1 of an array; `at` is even.
   static __device__ __forceinline__ float2 pair(const void* x, long long at) {
-    const u32 v = __ldg(static_cast<const u32*>(x) + at / 2);
+    const u32 v = __ldg(reinterpret_cast<const u32*>(static_cast<const u16*>(x) + at));
     return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
   }
 };
@@ -28,7 +28,7 @@ struct F16 {
     return r;
   }
   static __device__ __forceinline__ float2 pair(const void* x, long long at) {
-    const u32 v = __ldg(static_cast<const u32*>(x) + at / 2);
+    const u32 v = __ldg(reinterpret_cast<const u32*>(static_cast<const u16*>(x) + at));
     float2 r;
     asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}\n"
         : "=f"(r.x), "=f"(r.y)

@@ -29,6 +29,10 @@ __device__ __forceinline__ void add_either(bool choose, float& a, float x, float
       : "f"(x), "f"(y), "r"(static_cast<u32>(choose)));
 }
 
+__device__ __forceinline__ void prefetch(const void* line) {  // into the L2
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+}
+
 __device__ __forceinline__ float quad_sum(
     float x) {  // the four lanes that share a row of a fragment
   x += __shfl_xor_sync(kFullWarp, x, 1);

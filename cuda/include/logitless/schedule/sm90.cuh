@@ -135,11 +135,13 @@ struct Sm90Gemm {
     for (int f = 0; f < kFragments; f++) ptx::touch(acc[f]);
   }
 
-  // Products of one tile. A stage is given back one k-block late, when wait_group 1 says that it
-  // has been read, and without ever draining the pipe; lane c of each warp arrives at CTA c.
+  // Products of one tile; `meanwhile` is called once they have begun. A stage is given back one
+  // k-block late, when wait_group 1 says that it has been read, and without ever draining the pipe;
+  // lane c of each warp arrives at CTA c.
+  template <class Function>
   static __device__ __forceinline__ void multiply(Accumulators& acc, Position& at, u32 shared,
                                                   u32 full, u32 empty, int offset, int lane,
-                                                  int k_blocks, int turn) {
+                                                  int k_blocks, int turn, Function&& meanwhile) {
     if (k_blocks == 0) {  // no live row: the sum over none
 #pragma unroll
       for (int f = 0; f < kFragments; f++)
@@ -167,6 +169,8 @@ struct Sm90Gemm {
       if (kb > 0) {
         ptx::wgmma_wait<1>();
         if (lane < kCluster) ptx::mbarrier_arrive(empty + 8 * previous, lane);
+      } else {
+        meanwhile();
       }
       previous = at.stage;
       at.advance();
@@ -198,17 +202,22 @@ struct Sm90Gemm {
       if (kPingPong) ptx::barrier_sync(kTurn + w, 256);
       // The turn goes to the next tile's warpgroup, if there is a next tile: every arrival meets a
       // wait.
-      multiply(acc, at, shared, full, empty, offset, lane, k_blocks,
-               t + step < total ? kTurn + (w ^ 1) : 0);
       const Tile tile = tiles(t);
       const int first_row =
           (tile.row_block * kCluster + rank) * kTileM + (kPingPong ? 0 : w * kFragments * 64);
+      const auto band_of = [&](int f) {
+        return Band{p,    rows, first_row + 64 * f + 16 * warp, tile.column_block * kTileN,
+                    tile.column_block, lane};
+      };
+      multiply(acc, at, shared, full, empty, offset, lane, k_blocks,
+               t + step < total ? kTurn + (w ^ 1) : 0, [&] {
+                 if constexpr (Epilogue::kAhead)
+                   for (int f = 0; f < kFragments; f++)
+                     Epilogue::template ahead<kTileN>(band_of(f));
+               });
       for_each_fragment<Epilogue::kRolled>(acc, [&](float (&fragment)[kTileN / 2], int f) {
-        const int row = first_row + 64 * f;
-        store.row = row + tile.slice * p.slice_rows;
-        const Band band{
-            p, rows, row + 16 * warp, tile.column_block * kTileN, tile.column_block, lane};
-        Epilogue::template run<kTileN>(fragment, band, store);
+        store.row = first_row + 64 * f + tile.slice * p.slice_rows;
+        Epilogue::template run<kTileN>(fragment, band_of(f), store);
       });
       if (kPingPong) at.skip(k_blocks);
     }
