@@ -108,42 +108,68 @@ extern "C" __global__ void __launch_bounds__(1024) select_rows(const __grid_cons
 // -- packing ----------------------------------------------------------------------------------------------------------
 namespace {
 
-// One block a packed row. T is an unsigned integer of the element's size: nothing is computed.
+// One warp a packed row. T is an unsigned integer of the element's size: nothing is computed.
 template <class T>
 __device__ __forceinline__ void gather(const GatherParams& p) {
-  const int slot = blockIdx.x, count = live_count(p.list);
+  const int slot = (int)row_of_warp(), lane = threadIdx.x & 31, count = live_count(p.list);
   if (slot >= zeroed_rows(count, p.padded)) return;
   T* out = (T*)p.packed + slot * p.pitch;
   if (slot >= count) {
-    for (int d = threadIdx.x; d < p.pitch; d += blockDim.x) out[d] = 0;
+    for (int d = lane; d < p.pitch; d += 32) out[d] = 0;
     return;
   }
   const T* in = row_of<T>(p.source, row_at(p.list, slot));
   constexpr int kPack = 16 / sizeof(T);
-  if (p.source.feature_stride == 1 && (u64)in % 16 == 0 && (u64)out % 16 == 0) {
+  if (p.source.feature_stride == 1 && is_aligned(in) && is_aligned(out)) {
     const int whole = p.features / kPack;
-    for (int d = threadIdx.x; d < whole; d += blockDim.x) ((uint4*)out)[d] = __ldg((const uint4*)in + d);
-    for (int d = whole * kPack + threadIdx.x; d < p.pitch; d += blockDim.x) out[d] = d < p.features ? in[d] : (T)0;
+#pragma unroll 4
+    for (int d = lane; d < whole; d += 32) ((uint4*)out)[d] = __ldg((const uint4*)in + d);
+    for (int d = whole * kPack + lane; d < p.pitch; d += 32) out[d] = d < p.features ? in[d] : (T)0;
   } else {
-    for (int d = threadIdx.x; d < p.pitch; d += blockDim.x) out[d] = d < p.features ? in[d * p.source.feature_stride] : (T)0;
+    for (int d = lane; d < p.pitch; d += 32) out[d] = d < p.features ? in[d * p.source.feature_stride] : (T)0;
   }
 }
 
-// One block a row of the target. From packed accumulators (slots), or the slices of a sum, to rows; a row without a slot
-// becomes 0.
+// One warp a row of the target; one block where slices are summed, for there are few rows then. From packed accumulators
+// (slots), or the slices of a sum, to rows; a row without a slot becomes 0.
 template <class Acc, class T>
 __device__ __forceinline__ void scatter(const ScatterParams& p) {
-  const i64 row = blockIdx.x;
+  const bool sliced = p.slices > 1;
+  const i64 row = sliced ? blockIdx.x : row_of_warp();
+  if (row >= p.list.total) return;
   const int slot = p.list.slots ? p.list.slots[row] : (int)row;
+  const int first = sliced ? threadIdx.x : threadIdx.x & 31, step = sliced ? 256 : 32;
   T* out = const_cast<T*>(row_of<T>(p.target, row));
   const Acc factor = p.factor ? *(const Acc*)p.factor : (Acc)1;
   const Acc* in = (const Acc*)p.packed + slot * p.pitch;
-  for (int d = threadIdx.x; d < p.features; d += blockDim.x) {
-    T* at = out + d * p.target.feature_stride;
+  auto sum = [&](Acc x, T old) {
+    x *= factor;
+    return Element<T>::from(p.accumulate ? widen(old) + x : x);
+  };
+  int d = first;
+  if (p.target.feature_stride == 1 && is_aligned(out) && slot >= 0) {
+    const int whole = p.features / 8;
+#pragma unroll 2
+    for (int i = first; i < whole; i += step) {
+      Pack<Acc> x = ((const Pack<Acc>*)in)[i];
+      for (int s = 1; s < p.slices; s++) {
+        const Pack<Acc> more = ((const Pack<Acc>*)(in + s * p.slice))[i];
+#pragma unroll
+        for (int j = 0; j < 8; j++) x.x[j] += more.x[j];
+      }
+      Pack<T> y = {};
+      if (p.accumulate) y = ((const Pack<T>*)out)[i];
+#pragma unroll
+      for (int j = 0; j < 8; j++) y.x[j] = sum(x.x[j], y.x[j]);
+      ((Pack<T>*)out)[i] = y;
+    }
+    d += whole * 8;
+  }
+  for (; d < p.features; d += step) {
     Acc x = slot < 0 ? (Acc)0 : in[d];
     for (int s = 1; s < p.slices && slot >= 0; s++) x += in[s * p.slice + d];
-    x *= factor;
-    *at = Element<T>::from(p.accumulate ? widen(*at) + x : x);
+    T* at = out + d * p.target.feature_stride;
+    *at = sum(x, p.accumulate ? *at : T{});
   }
 }
 

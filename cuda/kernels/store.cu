@@ -128,31 +128,32 @@ extern "C" __global__ void __launch_bounds__(256) store_factors(const __grid_con
   p.ratio[slot] = ratio;
 }
 
-// One block a packed row.
+// One warp a packed row.
 extern "C" __global__ void __launch_bounds__(256) scale_rows_bf16(const __grid_constant__ ScaleParams p) {
   const GatherParams& g = p.gather;
-  const int slot = blockIdx.x, count = live_count(g.list);
+  const int slot = (int)row_of_warp(), lane = threadIdx.x & 31, count = live_count(g.list);
   if (slot >= zeroed_rows(count, g.padded)) return;
   bf16* out = (bf16*)g.packed + slot * g.pitch;
   if (slot >= count) {
-    for (int d = threadIdx.x; d < g.pitch; d += blockDim.x) out[d].bits = 0;
+    for (int d = lane; d < g.pitch; d += 32) out[d].bits = 0;
     return;
   }
   const bf16* in = row_of<bf16>(g.source, row_at(g.list, slot));
   const float factor = (p.scale_at ? *p.scale_at : p.scale) * p.factor[slot];
-  if (g.source.feature_stride == 1 && (u64)in % 16 == 0 && (u64)out % 16 == 0 && g.features % 8 == 0) {
-    for (int d = threadIdx.x; d < g.features / 8; d += blockDim.x) {
-      uint4 v = __ldg((const uint4*)in + d);
-      bf16* x = (bf16*)&v;
+  int d = lane;
+  if (g.source.feature_stride == 1 && is_aligned(in) && is_aligned(out)) {
+    const int whole = g.features / 8;
+#pragma unroll 4
+    for (int i = lane; i < whole; i += 32) {
+      Pack<bf16> v = ((const Pack<bf16>*)in)[i];
 #pragma unroll
-      for (int i = 0; i < 8; i++) x[i] = Element<bf16>::from(factor * widen(x[i]));
-      ((uint4*)out)[d] = v;
+      for (int j = 0; j < 8; j++) v.x[j] = Element<bf16>::from(factor * widen(v.x[j]));
+      ((Pack<bf16>*)out)[i] = v;
     }
-    for (int d = g.features + threadIdx.x; d < g.pitch; d += blockDim.x) out[d].bits = 0;
-  } else {
-    for (int d = threadIdx.x; d < g.pitch; d += blockDim.x)
-      out[d] = d < g.features ? Element<bf16>::from(factor * widen(in[d * g.source.feature_stride])) : bf16{0};
+    d += whole * 8;
   }
+  for (; d < g.pitch; d += 32)
+    out[d] = d < g.features ? Element<bf16>::from(factor * widen(in[d * g.source.feature_stride])) : bf16{0};
 }
 
 extern "C" __global__ void __launch_bounds__(256) set_targets_bf16(const __grid_constant__ SetTargetsParams p) {
@@ -163,17 +164,32 @@ extern "C" __global__ void __launch_bounds__(256) set_targets_bf16(const __grid_
 
 namespace {
 
-// One block a row of the target.
+// One warp a row of the target.
 template <class T>
 __device__ __forceinline__ void unpack(const UnpackParams& p) {
-  const i64 row = blockIdx.x;
-  const int slot = p.list.slots ? p.list.slots[row] : (int)row;
+  const i64 row = row_of_warp();
+  if (row >= p.list.total) return;
+  const int slot = p.list.slots ? p.list.slots[row] : (int)row, lane = threadIdx.x & 31;
   T* out = const_cast<T*>(row_of<T>(p.target, row));
   const bf16* in = (const bf16*)p.packed + slot * p.pitch;
-  for (int d = threadIdx.x; d < p.features; d += blockDim.x) {
+  auto sum = [&](float x, T old) { return Element<T>::from(p.accumulate ? widen(old) + x : x); };
+  int d = lane;
+  if (p.target.feature_stride == 1 && is_aligned(out) && slot >= 0) {
+    const int whole = p.features / 8;
+#pragma unroll 4
+    for (int i = lane; i < whole; i += 32) {
+      const Pack<bf16> x = ((const Pack<bf16>*)in)[i];
+      Pack<T> y = {};
+      if (p.accumulate) y = ((const Pack<T>*)out)[i];
+#pragma unroll
+      for (int j = 0; j < 8; j++) y.x[j] = sum(widen(x.x[j]), y.x[j]);
+      ((Pack<T>*)out)[i] = y;
+    }
+    d += whole * 8;
+  }
+  for (; d < p.features; d += 32) {
     T* at = out + d * p.target.feature_stride;
-    const float x = slot < 0 ? 0.f : widen(in[d]);
-    *at = Element<T>::from(p.accumulate ? widen(*at) + x : x);
+    *at = sum(slot < 0 ? 0.f : widen(in[d]), p.accumulate ? *at : T{});
   }
 }
 

@@ -114,4 +114,15 @@ __device__ __forceinline__ const T* row_of(const RowView& v, i64 i) {
   return (const T*)v.data + (i / v.inner) * v.outer_stride + (i % v.inner) * v.inner_stride;
 }
 
+// Row kernels that only move give a row to each warp of their blocks of 256: a block a row is mostly idle below 2048
+// features, and starts cost more than the copy.
+__device__ __forceinline__ i64 row_of_warp() { return blockIdx.x * 8ll + threadIdx.x / 32; }
+
+// Eight elements at once, as 16-byte accesses.
+template <class T>
+struct alignas(16) Pack {
+  T x[8];
+};
+__device__ __forceinline__ bool is_aligned(const void* x) { return (u64)x % 16 == 0; }
+
 }  // namespace logitless

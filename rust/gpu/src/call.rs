@@ -144,7 +144,7 @@ impl<'a> Call<'a> {
             padded: rows as i32,
         };
         // SAFETY: the caller's promise about the call's tensors; `packed` has `rows` rows.
-        unsafe { self.stream.launch(&name, (rows, 1), 256, 0, &params) }
+        unsafe { self.stream.launch(&name, (rows.div_ceil(8), 1), 256, 0, &params) }
     }
 
     /// Classes `first..first + count` of the weight, as products read them: in place, or copied into `copy`.
@@ -174,7 +174,7 @@ impl<'a> Call<'a> {
         };
         let name = format!("gather_rows_{}", self.dtype.size());
         // SAFETY: as above; the copy has room for the plan's chunk of classes.
-        unsafe { self.stream.launch(&name, (count, 1), 256, 0, &params)? };
+        unsafe { self.stream.launch(&name, (count.div_ceil(8), 1), 256, 0, &params)? };
         Ok(copy)
     }
 

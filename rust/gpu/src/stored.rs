@@ -374,7 +374,7 @@ impl Stored<'_> {
             reserved: 0,
         };
         // SAFETY: operands checked, buffers of the layouts.
-        unsafe { call.stream.launch("scale_rows_bf16", (rows, 1), 256, 0, &params) }
+        unsafe { call.stream.launch("scale_rows_bf16", (rows.div_ceil(8), 1), 256, 0, &params) }
     }
 
     unsafe fn weight_gradient(&self, list: RowList, x: Matrix, scaled: Matrix) -> Result<()> {
@@ -497,7 +497,7 @@ impl Stored<'_> {
         };
         let name = format!("unpack_rows_{}", crate::launch::suffix(d_input.dtype()));
         // SAFETY: as above.
-        unsafe { call.stream.launch(&name, (call.rows, 1), 256, 0, &params) }
+        unsafe { call.stream.launch(&name, (call.rows.div_ceil(8), 1), 256, 0, &params) }
     }
 
     /// Few rows: sums of each slice of the classes, then as a frozen head.
