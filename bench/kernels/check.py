@@ -249,6 +249,8 @@ class Case:
         sums = self.blocks(lambda x: x.sum(1), e)
         self.report.near(f"{self.tag} sums", part[0][:, self.rows], sums, EXACT[self.dtype])
         kept = torch.where(e >= 2.0 ** (shift - 126), e, 0.0)
+        if self.mapped:
+            kept = kept * (1 - (z / SOFTCAP) ** 2)
         self.result("exponentials", out, kept, ROUNDING[self.dtype])
 
     def gradient(self) -> None:

@@ -22,9 +22,11 @@ __all__ = [
     "cross_entropy_forward",
     "cuda_available",
     "cuda_backward",
+    "cuda_cotangents",
     "cuda_describable",
     "cuda_forward",
     "cuda_info",
+    "cuda_losses",
     "cuda_plan",
     "cuda_warm_up",
     "forward",
@@ -538,6 +540,53 @@ def cuda_backward(
         As for `cuda_forward`.
     lent
         What the forward was lent, also where d_weight is not wanted. It is consumed.
+    """
+
+def cuda_losses(
+    rest: _Tensor,
+    target: _Tensor,
+    ids: _Tensor,
+    ignore_index: int,
+    reduction: int,
+    z_loss_weight: float,
+    loss: _Tensor,
+    share: _Tensor,
+    device: int,
+    stream: int,
+) -> None:
+    """Enqueue the cross entropy of the rows, or its reduction, from their statistics.
+
+    Parameters
+    ----------
+    rest, target
+        (N), acc dtype, contiguous: fields of `cuda_forward`.
+    ids
+        (N), int64, contiguous. Rows of id `ignore_index` count for nothing.
+    reduction
+        0 none, 1 mean over the other rows, 2 sum.
+    loss
+        (N) without reduction, else one element, acc dtype.
+    share
+        One element: with a reduction, receives what it multiplies a row by.
+    """
+
+def cuda_cotangents(
+    rest: _Tensor,
+    target: _Tensor,
+    ids: _Tensor,
+    ignore_index: int,
+    reduction: int,
+    z_loss_weight: float,
+    gradient: _Tensor,
+    share: _Tensor,
+    g_rest: _Tensor,
+    g_target: _Tensor,
+    device: int,
+    stream: int,
+) -> None:
+    """Enqueue the cotangents of `rest` and `target`, (N), from the loss's `gradient`.
+
+    The other arguments are those of `cuda_losses`.
     """
 
 def cuda_describable(weight: _Tensor) -> bool:

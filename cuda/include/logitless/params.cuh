@@ -376,6 +376,23 @@ struct FrozenParams {
 };
 static_assert(sizeof(FrozenParams) == 216, "mirror rust/gpu/src/params.rs");
 
+// -- loss.cu ---------------------------------------------------------------------------------------------------------
+// Cross entropy of class ids from two statistics, and its cotangents. All in accumulators; rows contiguous.
+struct LossParams {
+  const void *rest, *target;  // (N)
+  const i64* ids;             // (N)
+  void* loss;                 // (N) or one
+  void* share;                // one: what the reduction multiplies a row by; not read or written per row
+  const void* gradient;       // (N) or one
+  void *g_rest, *g_target;    // (N)
+  double z_loss;
+  i64 ignore;                 // rows of this id count for nothing
+  i64 rows;
+  int per_row;                // no reduction
+  int mean;                   // else sum
+};
+static_assert(sizeof(LossParams) == 96, "mirror rust/gpu/src/params.rs");
+
 // -- tile.cu ---------------------------------------------------------------------------------------------------------
 // A tile of z (live rows, width) in accumulators: folded into each row's state, or turned into a tile of dz.
 struct TileParams {

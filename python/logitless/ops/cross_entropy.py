@@ -1,8 +1,9 @@
-"""Plain cross entropy in one engine call each way: the fast path of class ids on the CPU.
+"""Plain cross entropy of class ids, fused.
 
-What `row_statistics` and a few operations on vectors say, fused: the row losses and their reduction
-run beside the statistics, and a call costs one autograd node. Second derivatives go back to the
-unfused form.
+What `row_statistics` and a few operations on vectors say: on the CPU the row losses and their
+reduction run beside the statistics, in one engine call and one autograd node; on CUDA they are one
+launch behind the statistics, and their cotangents one before the backward. Second derivatives go
+back to the unfused form.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from logitless._arrays import torch_handle
 from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.ops import autograd, custom_ops, engine, inputs, layout
+from logitless.ops import device as device_calls
 from logitless.ops.elementwise import margin, softplus
 from logitless.ops.engine import Call, Tensors
 
@@ -34,7 +36,7 @@ def applies(geometry: Geometry, *tensors: Optional) -> bool:
         geometry.kind == "index"
         and not geometry.positions
         and tensors[0] is not None
-        and tensors[0].device.type == "cpu"
+        and tensors[0].device.type in ("cpu", "cuda")
         and geometry.rows > 0
         and not custom_ops.needed(*tensors)
         and not torch._C._are_functorch_transforms_active()
@@ -87,6 +89,9 @@ def cross_entropy(
     ids = inputs.class_ids(target, geometry, shift, ignore_index).contiguous()
     tensors = Tensors(input, weight, bias, scale, ids=ids)
     arguments = (call, _REDUCTIONS[reduction], z_loss_weight)
+    if input.is_cuda:
+        rest, target = autograd.statistics(call, tensors)
+        return _Losses.apply(rest, target, ids, *arguments)  # type: ignore[no-any-return]
     if gradients:
         return _CrossEntropy.apply(*tensors, *arguments)  # type: ignore[no-any-return]
     return _forward(tensors, *arguments)[0]
@@ -170,11 +175,56 @@ class _CrossEntropy(torch.autograd.Function):
         return (*slots.results()[:4], *nothing)
 
 
+class _Losses(torch.autograd.Function):
+    """CUDA: the losses of the rows from their statistics, or their reduction."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rest: Tensor, target: Tensor, ids: Tensor, call: Call, *options: Any
+    ) -> Tensor:
+        """Keep the statistics, and what the reduction multiplies a row by."""
+        loss = rest.new_empty(() if options[0] else call.rows_shape)
+        share = rest.new_empty(())
+        rows = (rest, target, ids)
+        device_calls.losses(rest.device, *rows, call.ignore_index, *options, loss, share)
+        ctx.save_for_backward(*rows, share)
+        ctx.call, ctx.options = call, options
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Optional, ...]:
+        """Make the cotangents of both statistics."""
+        rest, target, ids, share = ctx.saved_tensors
+        call, options = ctx.call, ctx.options
+        nothing = (None,) * 4  # ids and the options
+        if torch.is_grad_enabled():
+            loss = _reduced(rest, target, ids, call, *options)
+            slopes = torch.autograd.grad(loss, (rest, target), gradient, create_graph=True)
+            return (*slopes, *nothing)
+        cotangents = torch.empty_like(rest), torch.empty_like(target)
+        device_calls.cotangents(
+            rest.device,
+            *(rest, target, ids),
+            call.ignore_index,
+            *options,
+            gradient.contiguous(),
+            share,
+            *cotangents,
+        )
+        return (*cotangents, *nothing)
+
+
 def _unfused(tensors: Tensors, call: Call, reduction: int, z_loss_weight: float) -> Tensor:
     rest, target = autograd.statistics(call, tensors)
     assert tensors.ids is not None
+    return _reduced(rest, target, tensors.ids, call, reduction, z_loss_weight)
+
+
+def _reduced(
+    rest: Tensor, target: Tensor, ids: Tensor, call: Call, reduction: int, z_loss_weight: float
+) -> Tensor:
     assert call.ignore_index is not None
-    kept = tensors.ids.ne(call.ignore_index)
+    kept = ids.ne(call.ignore_index)
     losses = torch.where(kept, row_losses(rest, target.squeeze(-1), z_loss_weight), 0.0)
     if not reduction:
         return losses

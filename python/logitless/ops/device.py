@@ -14,7 +14,7 @@ from logitless._arrays import Handle, torch_handle
 from logitless._check import ArgumentError
 from logitless._extras import torch
 
-__all__ = ["backward", "check", "forward", "plan"]
+__all__ = ["backward", "check", "cotangents", "forward", "losses", "plan"]
 
 # `engine` makes the arguments of both; the CUDA calls take device, stream and scratch besides, and
 # are there only where the extension was built with them.
@@ -88,14 +88,32 @@ def backward(
         _CPU.backward(*arguments, plan, torch.get_num_threads())
 
 
+def losses(device: torch.device, *arguments: Any) -> None:
+    """Run `_core.cuda_losses` on contiguous tensors of any shape."""
+    _CUDA.cuda_losses(*map(_handle, arguments), *_where(device))
+
+
+def cotangents(device: torch.device, *arguments: Any) -> None:
+    """Run `_core.cuda_cotangents` on contiguous tensors of any shape."""
+    _CUDA.cuda_cotangents(*map(_handle, arguments), *_where(device))
+
+
+def _handle(argument: Any) -> Any:
+    return torch_handle(argument.view(-1)) if isinstance(argument, torch.Tensor) else argument
+
+
 def _launch(device: torch.device, plan: Any, scratch: torch.Tensor) -> tuple[Any, ...]:
     """Return the trailing arguments of a CUDA call.
 
     The caller holds the scratch until the call returns: it then goes back to torch's allocator,
     which reuses it in stream order.
     """
-    stream = torch.cuda.current_stream(device).cuda_stream
-    return (plan, 0, _index(device), stream, torch_handle(scratch))
+    return (plan, 0, *_where(device), torch_handle(scratch))
+
+
+def _where(device: torch.device) -> tuple[int, int]:
+    """Return ordinal and current stream."""
+    return _index(device), torch.cuda.current_stream(device).cuda_stream
 
 
 def _options(**options: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@
 //! # Map
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit ·
-//! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored`, `frozen` the compositions · `info` what there is.
+//! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored`, `frozen` the compositions · `loss` what a cross entropy makes of them · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
@@ -27,6 +27,7 @@ mod images;
 mod info;
 mod launch;
 mod layout;
+mod loss;
 mod params;
 mod plan;
 mod product;
@@ -37,5 +38,6 @@ pub use backward::backward;
 pub use error::{Error, Result};
 pub use forward::forward;
 pub use info::{DeviceInfo, Info, info, warm_up};
+pub use loss::{Rows, cotangents, losses};
 pub use plan::{Plan, describable, plan};
 pub use share::{Lends, Outputs};

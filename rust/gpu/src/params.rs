@@ -552,6 +552,26 @@ pub fn statistic_bit(name: &str) -> i32 {
     }
 }
 
+/// `loss_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Loss {
+    pub rest: usize,
+    pub target: usize,
+    pub ids: usize,
+    pub loss: usize,
+    pub share: usize,
+    pub gradient: usize,
+    pub g_rest: usize,
+    pub g_target: usize,
+    pub z_loss: f64,
+    pub ignore: i64,
+    pub rows: i64,
+    pub per_row: i32,
+    pub mean: i32,
+}
+const _: () = assert!(size_of::<Loss>() == 96);
+
 /// `plain_*`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]

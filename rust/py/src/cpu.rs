@@ -186,7 +186,7 @@ pub fn cross_entropy_backward(
     .map_err(to_python)
 }
 
-fn cross_entropy(reduction: u8, z_weight: f64) -> PyResult<core::CrossEntropy> {
+pub(crate) fn cross_entropy(reduction: u8, z_weight: f64) -> PyResult<core::CrossEntropy> {
     let reduction = match reduction {
         0 => core::Reduction::None,
         1 => core::Reduction::Mean,

@@ -10,7 +10,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use crate::args::{TensorArg, optional_tensors, tensors};
-use crate::cpu::problem;
+use crate::cpu::{cross_entropy, problem};
 use crate::errors::to_python;
 use crate::spec::Spec;
 
@@ -322,6 +322,61 @@ pub fn cuda_backward(
             scale.as_ref(),
             lent.as_ref(),
         )
+    })
+    .map_err(error)
+}
+
+/// Losses of the rows from `rest` and `target`, or their reduction: 0 none, 1 mean, 2 sum.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
+pub fn cuda_losses(
+    py: Python<'_>,
+    rest: TensorArg,
+    target: TensorArg,
+    ids: TensorArg,
+    ignore_index: i64,
+    reduction: u8,
+    z_loss_weight: f64,
+    loss: TensorArg,
+    share: TensorArg,
+    device: usize,
+    stream: usize,
+) -> PyResult<()> {
+    let of = cross_entropy(reduction, z_loss_weight)?;
+    // SAFETY: as in `cuda_forward`.
+    py.detach(|| unsafe {
+        let rows =
+            gpu::Rows { rest: &rest.0, target: &target.0, ids: &ids.0, ignore: ignore_index };
+        gpu::losses(&of, rows, &loss.0, &share.0, device, stream)
+    })
+    .map_err(error)
+}
+
+/// Cotangents of `rest` and `target` from that of the loss.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
+pub fn cuda_cotangents(
+    py: Python<'_>,
+    rest: TensorArg,
+    target: TensorArg,
+    ids: TensorArg,
+    ignore_index: i64,
+    reduction: u8,
+    z_loss_weight: f64,
+    gradient: TensorArg,
+    share: TensorArg,
+    g_rest: TensorArg,
+    g_target: TensorArg,
+    device: usize,
+    stream: usize,
+) -> PyResult<()> {
+    let of = cross_entropy(reduction, z_loss_weight)?;
+    // SAFETY: as in `cuda_forward`.
+    py.detach(|| unsafe {
+        let rows =
+            gpu::Rows { rest: &rest.0, target: &target.0, ids: &ids.0, ignore: ignore_index };
+        let (g_rest, g_target) = (&g_rest.0, &g_target.0);
+        gpu::cotangents(&of, rows, &gradient.0, &share.0, g_rest, g_target, device, stream)
     })
     .map_err(error)
 }
