@@ -493,7 +493,7 @@ impl Backward<'_> {
                 };
                 let name = format!("scatter_rows_f32_{}", suffix(d_weight.dtype));
                 // SAFETY: as above.
-                unsafe { call.stream.launch(&name, (count.div_ceil(8), 1), 256, 0, &scatter) }
+                unsafe { call.stream.launch(&name, (scatter.blocks(), 1), 256, 0, &scatter) }
             }
             None => {
                 let epilogue = PlainEpilogue {
@@ -620,7 +620,7 @@ impl Backward<'_> {
         };
         let name = format!("scatter_rows_{}_{}", suffix(call.acc), suffix(d_input.dtype()));
         // SAFETY: operands checked, buffers of the layout; what the gradient lent has been read.
-        unsafe { call.stream.launch(&name, (call.rows.div_ceil(8), 1), 256, 0, &params) }
+        unsafe { call.stream.launch(&name, (params.blocks(), 1), 256, 0, &params) }
     }
 }
 

@@ -366,7 +366,7 @@ impl Forward<'_> {
             ..params::Scatter::default()
         };
         // SAFETY: buffers of the layouts.
-        unsafe { call.stream.launch("scatter_rows_f32_f32", (call.rows, 1), 256, 0, &params) }
+        unsafe { call.stream.launch("scatter_rows_f32_f32", (params.blocks(), 1), 256, 0, &params) }
     }
 }
 

@@ -200,6 +200,14 @@ pub struct Scatter {
 }
 const _: () = assert!(size_of::<Scatter>() == 120);
 
+impl Scatter {
+    /// Blocks of its grid: a warp a row, or a block where slices are summed.
+    pub fn blocks(&self) -> usize {
+        let rows = self.list.total as usize;
+        if self.slices > 1 { rows } else { rows.div_ceil(8) }
+    }
+}
+
 /// `target_logits_*`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
