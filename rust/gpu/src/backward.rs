@@ -10,6 +10,7 @@ use std::mem::offset_of;
 
 use logitless_core::{DType, Gradients, Problem, Spec, Tensor};
 
+use crate::blocks;
 use crate::call::{Call, check_gradients, matrix, row_view, value, vector};
 use crate::error::Result;
 use crate::forward::{check_store, check_workspace, logits};
@@ -50,6 +51,7 @@ pub unsafe fn backward(
     scale: Option<&Tensor>,
     lender: Option<&Tensor>,
 ) -> Result<()> {
+    let stream_handle = stream;
     let stream = Stream::enter(device, stream)?;
     let call = Call::new(spec, problem, scale, plan, &stream)?;
     problem.check_fields("saved", spec, saved.iter().map(Some))?;
@@ -59,6 +61,26 @@ pub unsafe fn backward(
     let g = Geometry::new(spec, plan, &stream.device.facts);
     let (fields, grad) =
         (call.fields(saved.iter().map(Some)), call.fields(cotangents.iter().map(Option::as_ref)));
+    if plan.blocks.backward > 0 {
+        // SAFETY: the caller's promise.
+        return unsafe {
+            blocks::backward(
+                spec,
+                problem,
+                saved,
+                cotangents,
+                gradients,
+                accumulate_weight,
+                plan,
+                &g,
+                device,
+                &stream,
+                stream_handle,
+                workspace,
+                scale,
+            )
+        };
+    }
     if plan.frozen {
         let store = check_store(store, plan)?;
         // SAFETY: the caller's promise.

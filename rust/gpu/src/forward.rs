@@ -2,6 +2,7 @@
 
 use logitless_core::{DType, Problem, Spec, Tensor};
 
+use crate::blocks;
 use crate::call::{Call, value};
 use crate::error::Result;
 use crate::frozen;
@@ -40,6 +41,7 @@ pub unsafe fn forward(
     scale: Option<&Tensor>,
     lent: Option<&Tensor>,
 ) -> Result<()> {
+    let stream_handle = stream;
     let stream = Stream::enter(device, stream)?;
     let call = Call::new(spec, problem, scale, plan, &stream)?;
     problem.check_fields("outputs", spec, outputs.iter().map(Some))?;
@@ -47,6 +49,22 @@ pub unsafe fn forward(
     check_workspace("workspace", workspace, plan.forward_bytes)?;
     if call.rows == 0 {
         return Ok(());
+    }
+    if plan.blocks.forward > 0 {
+        // SAFETY: the caller's promise.
+        return unsafe {
+            blocks::forward(
+                spec,
+                problem,
+                outputs,
+                plan,
+                &g,
+                device,
+                stream_handle,
+                workspace,
+                scale,
+            )
+        };
     }
     if plan.frozen {
         let fields = call.fields(outputs.iter().map(Some));

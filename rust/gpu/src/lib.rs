@@ -8,7 +8,8 @@
 //! # Map
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit ·
-//! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored`, `frozen` the compositions · `loss` what a cross entropy makes of them · `info` what there is.
+//! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored`, `frozen` the compositions, `blocks` of rows where
+//! there are many · `loss` what a cross entropy makes of them · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
@@ -18,6 +19,7 @@
 //! *Frozen*: only the input's gradient is wanted, and the forward makes it but for factors: two.
 
 mod backward;
+mod blocks;
 mod call;
 mod driver;
 mod error;

@@ -5,6 +5,7 @@
 
 use logitless_core::{DType, Error as CallError, Memory, Spec, Tensor, wanted};
 
+use crate::blocks::{self, Blocks};
 use crate::driver::{self, Facts};
 use crate::error::Result;
 use crate::frozen;
@@ -63,6 +64,8 @@ pub struct Plan {
     pub(crate) share: Share,
     /// The gradient of the input can hold the packed input.
     pub(crate) compact: bool,
+    /// Rows are cut into blocks.
+    pub(crate) blocks: Blocks,
 }
 
 impl Plan {
@@ -165,6 +168,7 @@ pub(crate) fn plan_for(
         compact: outputs.compact,
         slices: 1,
         unrounded: false,
+        blocks: Blocks::default(),
     };
     let sums = gradients & (wanted::BIAS | wanted::SCALE) != 0;
     // The cotangent of `max` is added to the rounded tile.
@@ -182,7 +186,22 @@ pub(crate) fn plan_for(
     if frozen::plan(&mut plan, &g, spec, memory, facts) {
         return Ok(plan);
     }
-    if may_store(&g, spec, facts) {
+    plan.chunks.0 = match path {
+        Path::Fused { .. } if contiguous => classes.max(1),
+        // A tile of logits that stays in a large L2 on its way to the row kernel, and fills the device.
+        _ => (TILE_BYTES / (padded(rows).max(1) * g.acc().size()))
+            .clamp(512, 32_768)
+            .next_multiple_of(384)
+            .min(classes.next_multiple_of(64).max(64)),
+    };
+    let lean = lean_budget(&g);
+    let budget = match memory {
+        Memory::Lean => lean,
+        Memory::Fast => lean.max(g.rows * 2 * 16_896 * g.dtype.size() + (256 << 20)),
+        Memory::Bytes(bytes) => lean.max(bytes),
+    };
+    let storable = may_store(&g, spec, facts);
+    if storable {
         let mut arena = Arena::at(0);
         StoreLayout::lay(&mut arena, &g);
         let allowed = match memory {
@@ -193,29 +212,18 @@ pub(crate) fn plan_for(
         if arena.used <= allowed {
             return Ok(stored_plan(plan, &g, arena));
         }
-        if let Some(partly) = partly_stored(&plan, &g, spec, memory, facts, outputs.lends) {
-            return Ok(partly);
-        }
     }
-    plan.chunks.0 = match path {
-        Path::Fused { .. } if contiguous => classes.max(1),
-        // A tile of logits that stays in a large L2 on its way to the row kernel, and fills the device.
-        _ => (TILE_BYTES / (padded(rows).max(1) * g.acc().size()))
-            .clamp(512, 32_768)
-            .next_multiple_of(384)
-            .min(classes.next_multiple_of(64).max(64)),
-    };
+    if let Some(cut) = blocks::plan(&plan, &g, budget, facts) {
+        return Ok(cut);
+    }
+    if storable && let Some(partly) = partly_stored(&plan, &g, spec, memory, facts, outputs.lends) {
+        return Ok(partly);
+    }
     let mut arena = Arena::at(0);
     ForwardLayout::lay(&mut arena, &g, plan.chunks.0);
     plan.forward_bytes = arena.used;
     plan.parts = arena.parts;
     if gradients != 0 {
-        let lean = lean_budget(&g);
-        let budget = match memory {
-            Memory::Lean => lean,
-            Memory::Fast => lean.max(g.rows * 2 * 16_896 * g.dtype.size() + (256 << 20)),
-            Memory::Bytes(bytes) => lean.max(bytes),
-        };
         let width = backward_width(&g, budget, facts);
         let mut arena = Arena::at(0);
         BackwardLayout::lay(&mut arena, &g, width, g.may_borrow());
@@ -371,7 +379,7 @@ fn lean_budget(g: &Geometry) -> usize {
 }
 
 /// Classes a chunk of the backward: the budget's most, cut so that the last waves are full.
-fn backward_width(g: &Geometry, budget: usize, facts: &Facts) -> usize {
+pub(crate) fn backward_width(g: &Geometry, budget: usize, facts: &Facts) -> usize {
     let all = g.classes.next_multiple_of(64).max(64);
     let most = BackwardLayout::widest(g, budget, g.may_borrow()).clamp(384, 33_792);
     if most >= all {
@@ -385,7 +393,7 @@ fn backward_width(g: &Geometry, budget: usize, facts: &Facts) -> usize {
 }
 
 /// Time of a backward cut into chunks of `width` classes, in the units of `Choice::cost` times depth.
-fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
+pub(crate) fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
     let chunk = |width: usize| {
         let cost = |operation, m, n, depth: usize| {
             choose(facts, operation, g.dtype, false, m, n)

@@ -169,7 +169,7 @@ pub(crate) struct Prices<'a> {
 }
 
 /// One multiprocessor's products a second.
-const RATE: f64 = 0.6e15 / 132.0 / 2.0;
+pub(crate) const RATE: f64 = 0.6e15 / 132.0 / 2.0;
 /// A launch's tail and refill, in products.
 pub(crate) const LAUNCH: f64 = 30e-6 * RATE;
 /// The pass over an exponential: 4 bytes at 4 TB/s, in products.
