@@ -469,6 +469,17 @@ mod tests {
                 }
             }
         }
-        assert_eq!(lean(8192, 4096, 128_256, DType::Bf16, 3).blocks, Blocks::default());
+    }
+
+    #[test]
+    fn ordinary_calls_stay_whole() {
+        for (features, classes) in
+            [(4096, 128_256), (2304, 256_000), (5120, 131_072), (1024, 65_536), (768, 50_257)]
+        {
+            for gradients in [0, 1, 3] {
+                let plan = lean(8192, features, classes, DType::Bf16, gradients);
+                assert_eq!(plan.blocks, Blocks::default());
+            }
+        }
     }
 }
