@@ -405,7 +405,7 @@ impl Totalling<'_> {
         };
         let name = format!("scatter_rows_f32_{}", suffix(d_weight.dtype()));
         // SAFETY: the caller's promise.
-        unsafe { self.stream.launch(&name, (classes, 1), 256, 0, &params) }
+        unsafe { self.stream.launch(&name, (params.blocks(), 1), 256, 0, &params) }
     }
 }
 
