@@ -225,7 +225,8 @@ def test_memory_is_the_plans() -> None:
         return torch.autograd.grad(s.rest.sum() - s.target.sum(), [e])
 
     step()
-    vectors = 128 * n  # fields, cotangents and what sums them
+    # Fields and cotangents; and remainders of less than a megabyte, which torch does not split off.
+    vectors = 128 * n + (4 << 20)
     forward = found.store_bytes + found.forward_bytes
     assert forward <= gradient + (256 << 20)
     assert max(forward, found.store_bytes + gradient) <= _peak(step)
