@@ -18,7 +18,7 @@ use crate::forward::select;
 use crate::launch::suffix;
 use crate::layout::{Arena, Geometry, ListBuffers, padded, pitch};
 use crate::params::{self, Fields, RowList, RowView};
-use crate::plan::{Path, Plan};
+use crate::plan::{Path, Plan, widest};
 use crate::product::{
     Choice, Matrix, Operands, Operation, choose, choose_gated, choose_sliced, exists, tensor_cores,
 };
@@ -119,7 +119,7 @@ pub(crate) fn plan(
     let lean = (gradient / 4).max(256 << 20);
     let budget = match memory {
         Memory::Lean => lean,
-        Memory::Fast => lean.max(store.used + padded(g.rows) * 2 * 33_792 + (256 << 20)),
+        Memory::Fast => lean.max(store.used + padded(g.rows) * 2 * widest(g.rows) + (256 << 20)),
         Memory::Bytes(bytes) if store.used > bytes => return false,
         Memory::Bytes(bytes) => lean.max(bytes),
     };
@@ -148,7 +148,7 @@ fn width(g: &Geometry, bytes: usize, facts: &Facts) -> Option<usize> {
     // A launch's tail and refill, about 30 µs of a multiprocessor's products.
     const LAUNCH: f64 = 2.0 * 30e-6 * 0.6e15 / 132.0 / 2.0;
     let all = g.classes.next_multiple_of(64);
-    let most = Layout::widest(g, bytes).min(33_792 / g.part_columns * g.part_columns);
+    let most = Layout::widest(g, bytes).min(widest(g.rows) / g.part_columns * g.part_columns);
     if most >= all {
         return Some(all);
     }

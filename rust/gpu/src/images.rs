@@ -120,10 +120,11 @@ fn find(name: &str, capability: (u32, u32)) -> Option<usize> {
         .find_map(|&arch| images.iter().copied().find(|&image| IMAGES[image].arch == arch))
 }
 
-/// Whether a kernel can run on a device, and its tile.
-pub fn tile(name: &str, facts: &Facts) -> Option<Tile> {
-    let tile = IMAGES[find(name, facts.capability)?].tile?;
-    (tile.shared <= facts.shared).then_some(tile)
+/// Whether a kernel can run on a device: its name and its tile.
+pub fn tile(name: &str, facts: &Facts) -> Option<(&'static str, Tile)> {
+    let image = &IMAGES[find(name, facts.capability)?];
+    let name = image.kernels.iter().find(|other| **other == name)?;
+    image.tile.filter(|tile| tile.shared <= facts.shared).map(|tile| (*name, tile))
 }
 
 /// A kernel, loaded on a device.
@@ -139,12 +140,12 @@ pub struct Kernel {
 
 /// Loads a kernel on first use; safe while a graph is captured.
 pub fn kernel(device: &Device, name: &str) -> Result<Kernel> {
-    type Loaded = HashMap<(usize, String), Kernel>;
+    type Loaded = HashMap<usize, HashMap<String, Kernel>>;
     static KERNELS: OnceLock<Mutex<Loaded>> = OnceLock::new();
     let mut loaded =
         KERNELS.get_or_init(Mutex::default).lock().unwrap_or_else(|poison| poison.into_inner());
-    let key = (device.ordinal, name.to_owned());
-    if let Some(&kernel) = loaded.get(&key) {
+    let loaded = loaded.entry(device.ordinal).or_default();
+    if let Some(&kernel) = loaded.get(name) {
         return Ok(kernel);
     }
     let missing = || {
@@ -172,7 +173,7 @@ pub fn kernel(device: &Device, name: &str) -> Result<Kernel> {
         };
         Ok(Kernel { function, tile, blocks })
     })?;
-    loaded.insert(key, kernel);
+    loaded.insert(name.to_owned(), kernel);
     Ok(kernel)
 }
 

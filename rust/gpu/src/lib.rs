@@ -7,7 +7,7 @@
 //!
 //! # Map
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
-//! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit ·
+//! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit, `choice` its kernel ·
 //! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored`, `frozen` the compositions, `blocks` of rows where
 //! there are many · `loss` what a cross entropy makes of them · `info` what there is.
 //!
@@ -21,6 +21,7 @@
 mod backward;
 mod blocks;
 mod call;
+mod choice;
 mod driver;
 mod error;
 mod forward;

@@ -378,10 +378,16 @@ fn lean_budget(g: &Geometry) -> usize {
     (gradients / 4).max(256 << 20)
 }
 
+/// Most classes of a chunk: wider ones gain nothing (measured), but for few rows, whose launches would
+/// do too little.
+pub(crate) fn widest(rows: usize) -> usize {
+    33_792.max((32 << 20) / padded(rows) / 384 * 384)
+}
+
 /// Classes a chunk of the backward: the budget's most, cut so that the last waves are full.
 pub(crate) fn backward_width(g: &Geometry, budget: usize, facts: &Facts) -> usize {
     let all = g.classes.next_multiple_of(64).max(64);
-    let most = BackwardLayout::widest(g, budget, g.may_borrow()).clamp(384, 33_792);
+    let most = BackwardLayout::widest(g, budget, g.may_borrow()).clamp(384, widest(g.rows));
     if most >= all {
         return all;
     }

@@ -2,9 +2,10 @@
 
 use logitless_core::{DType, Tensor};
 
-use crate::driver::{Facts, TensorMap, TensorMapSpec};
+pub(crate) use crate::choice::{Choice, choose, choose_gated, choose_sliced, exists, slices};
+use crate::driver::{TensorMap, TensorMapSpec};
 use crate::error::Result;
-use crate::images::{self, Tile};
+use crate::images;
 use crate::launch::{Stream, suffix};
 use crate::params::{self, AnyMatrix};
 
@@ -94,7 +95,23 @@ pub(crate) enum Operation {
 }
 
 impl Operation {
-    fn name(self) -> &'static str {
+    pub const ALL: [Operation; 13] = [
+        Operation::OnlineRest,
+        Operation::Online,
+        Operation::Statistics,
+        Operation::Repair,
+        Operation::StoreExp,
+        Operation::GradientCe,
+        Operation::Gradient,
+        Operation::GradientSums,
+        Operation::Logits,
+        Operation::Dw,
+        Operation::DwF32,
+        Operation::De,
+        Operation::DeF32,
+    ];
+
+    pub fn name(self) -> &'static str {
         match self {
             Operation::OnlineRest => "online_rest",
             Operation::Online => "online",
@@ -113,7 +130,7 @@ impl Operation {
     }
 
     /// A kernel that does at least as much, with the same operands and results.
-    fn general(self) -> Option<Operation> {
+    pub fn general(self) -> Option<Operation> {
         match self {
             Operation::OnlineRest => Some(Operation::Online),
             Operation::GradientCe => Some(Operation::Gradient),
@@ -131,153 +148,9 @@ impl Operation {
     }
 
     /// Whether a logit map with bias and softcap makes another kernel.
-    fn mapped(self) -> bool {
+    pub fn mapped(self) -> bool {
         self.transposed() == (false, false)
     }
-}
-
-/// Names of the tiles, those that move fewer bytes a product first.
-const TILES: [&str; 6] = ["c256x192", "c128x256", "c128x192", "p128x192", "t128x256", "t128x128"];
-
-/// A kernel for a product and its tile.
-#[derive(Clone, Debug)]
-pub(crate) struct Choice {
-    pub name: String,
-    pub tile: Tile,
-}
-
-impl Choice {
-    /// Classes of one column of partials.
-    pub fn part_columns(&self) -> usize {
-        // Without clusters (mma.sync) two warps share the tile's columns.
-        if self.tile.cluster > 1 { self.tile.n as usize } else { 64 }
-    }
-
-    /// Whether the kernel reads its operands through tensor maps.
-    fn by_maps(&self) -> bool {
-        self.tile.cluster > 1
-    }
-
-    /// Output tiles, of a whole cluster each.
-    fn tiles(&self, m: usize, n: usize) -> usize {
-        m.div_ceil((self.tile.m * self.tile.cluster) as usize) * n.div_ceil(self.tile.n as usize)
-    }
-
-    /// Time of an (m, n) product in units of one multiprocessor's work on one output element of depth one.
-    pub fn cost(&self, facts: &Facts, m: usize, n: usize) -> f64 {
-        self.cost_of(facts, self.tiles(m, n))
-    }
-
-    fn cost_of(&self, facts: &Facts, tiles: usize) -> f64 {
-        let clusters = (facts.multiprocessors / self.tile.cluster).max(1) as usize;
-        let waves = tiles.div_ceil(clusters) as f64;
-        // Measured on an H200 at equal wave counts: more bytes a product cost energy, so clock.
-        let penalty = match self.tile.name {
-            "c256x192" | "t128x128" => 1.0,
-            "c128x256" => 1.015,
-            _ => 1.03,
-        };
-        waves * f64::from(self.tile.m * self.tile.n) * penalty
-    }
-}
-
-/// The kernel for a product of (m, n) outputs on a device, if there is one.
-pub(crate) fn choose(
-    facts: &Facts,
-    operation: Operation,
-    dtype: DType,
-    mapped: bool,
-    m: usize,
-    n: usize,
-) -> Option<Choice> {
-    choose_among(facts, operation, dtype, mapped, |_| true, |choice| choice.cost(facts, m, n))
-}
-
-/// The same among the kernels whose clusters divide blocks of 256 rows, which listed blocks and
-/// slices consist of.
-pub(crate) fn choose_gated(
-    facts: &Facts,
-    operation: Operation,
-    dtype: DType,
-    mapped: bool,
-    m: usize,
-    n: usize,
-) -> Option<Choice> {
-    let fits = |tile: &Tile| 256_u32.is_multiple_of(tile.m * tile.cluster);
-    choose_among(facts, operation, dtype, mapped, fits, |choice| choice.cost(facts, m, n))
-}
-
-/// Products a second of one multiprocessor.
-const PRODUCTS: f64 = 0.6e15 / 132.0 / 2.0;
-
-/// The kernel for the input's gradient in `slices` shares of its depth, and its time as `cost` times depth.
-pub(crate) fn choose_sliced(
-    facts: &Facts,
-    dtype: DType,
-    (m, n, k): (usize, usize, usize),
-    slices: usize,
-) -> Option<(Choice, f64)> {
-    let (fold, fits): (f64, fn(&Tile) -> bool) = if slices == 1 {
-        (0.0, |_| true)
-    } else {
-        // Sums are written and read again, mostly in the L2.
-        let bytes = 8 * slices * m.next_multiple_of(256) * n;
-        (bytes as f64 / 2.5e12 + 2e-6, |tile| 256_u32.is_multiple_of(tile.m * tile.cluster))
-    };
-    let depth = k.div_ceil(64).div_ceil(slices) * 64;
-    let cost = |choice: &Choice| choice.cost_of(facts, choice.tiles(m, n) * slices) * depth as f64;
-    let choice = choose_among(facts, Operation::DeF32, dtype, false, fits, cost)?;
-    let cost = cost(&choice) + fold * PRODUCTS;
-    Some((choice, cost))
-}
-
-/// Shares of the depth that the gradient of the input is cut into: few rows make few tiles, which would
-/// leave most multiprocessors idle. Each share has sums of its own, folded in order at the end.
-pub(crate) fn slices(facts: &Facts, dtype: DType, shape: (usize, usize, usize)) -> usize {
-    let cost = |slices| choose_sliced(facts, dtype, shape, slices).map(|found| found.1);
-    let Some(whole) = cost(1) else { return 1 };
-    let most = (shape.2 / 512).clamp(1, 32);
-    (2..=most)
-        .filter_map(|slices| cost(slices).map(|cost| (slices, cost)))
-        .filter(|&(_, cost)| cost < 0.9 * whole)
-        .min_by(|a, b| a.1.total_cmp(&b.1))
-        .map_or(1, |found| found.0)
-}
-
-fn choose_among(
-    facts: &Facts,
-    operation: Operation,
-    dtype: DType,
-    mapped: bool,
-    fits: impl Fn(&Tile) -> bool,
-    cost: impl Fn(&Choice) -> f64,
-) -> Option<Choice> {
-    if dtype == DType::F64 {
-        return None;
-    }
-    // A kernel with the map also makes plain logits, and is the only one on some architectures.
-    let maps: &[&str] = match (operation.mapped(), mapped) {
-        (false, _) => &[""],
-        (true, false) => &["", "m"],
-        (true, true) => &["m"],
-    };
-    let found = |operation: Operation| {
-        maps.iter().find_map(|map| {
-            let choices = TILES.iter().filter_map(|tile| {
-                let name = format!("{}_{}{map}_{tile}", operation.name(), suffix(dtype));
-                images::tile(&name, facts).filter(&fits).map(|tile| Choice { name, tile })
-            });
-            choices.min_by(|a, b| cost(a).total_cmp(&cost(b)))
-        })
-    };
-    found(operation).or_else(|| found(operation.general()?))
-}
-
-/// Whether an operation has a kernel of its own on a device.
-pub(crate) fn exists(facts: &Facts, operation: Operation, dtype: DType) -> bool {
-    choose(facts, operation, dtype, false, 1, 1).is_some_and(|choice| {
-        choice.name.starts_with(&format!("{}_{}", operation.name(), suffix(dtype)))
-    })
 }
 
 /// Operands of a product, as stored: K-major (rows of K), or with K as rows where the operation says so.
@@ -316,12 +189,12 @@ pub(crate) unsafe fn tensor_cores(
         group: (2048 / (tile.m * tile.cluster)).max(1) as i32,
         ..epilogue
     };
-    let kernel = images::kernel(stream.device, &choice.name)?;
+    let kernel = images::kernel(stream.device, choice.name)?;
     let slices = epilogue.slices.max(1) as usize;
     let tiles = choice.tiles(m, n) * slices;
     if !choice.by_maps() {
         // SAFETY: the caller's promise.
-        return unsafe { stream.launch_tiles(&choice.name, kernel, tiles, None, &params) };
+        return unsafe { stream.launch_tiles(choice.name, kernel, tiles, None, &params) };
     }
     let map = |matrix: &Matrix, columns: usize, rows: usize, tile: (u32, u32)| {
         let pitch = matrix.row_stride as usize * matrix.dtype.size();
@@ -349,7 +222,7 @@ pub(crate) unsafe fn tensor_cores(
     };
     // SAFETY: the caller's promise.
     unsafe {
-        stream.launch_tiles(&choice.name, kernel, tiles, Some(&[map_a, map_b, map_d]), &params)
+        stream.launch_tiles(choice.name, kernel, tiles, Some(&[map_a, map_b, map_d]), &params)
     }
 }
 
@@ -426,27 +299,4 @@ pub(crate) unsafe fn plain(
     let grid = (epilogue.n.div_ceil(64), epilogue.m.div_ceil(64));
     // SAFETY: the caller's promise.
     unsafe { stream.launch(&name, grid, 256, 0, &params) }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn few_rows_are_summed_in_slices() {
-        let name = "test".into();
-        let facts = Facts { name, capability: (9, 0), multiprocessors: 132, shared: 232_448 };
-        let slices = |m, n, k| slices(&facts, DType::Bf16, (m, n, k));
-        if choose(&facts, Operation::DeF32, DType::Bf16, false, 1, 1).is_none() {
-            return;
-        }
-        assert_eq!(slices(8192, 4096, 128_256), 1);
-        assert_eq!(slices(8, 64, 500), 1);
-        for (m, n, k) in [(1, 1024, 50_304), (128, 1024, 50_304), (1024, 1024, 50_304)] {
-            let found = slices(m, n, k);
-            assert!(found > 1, "{m} rows: {found}");
-            let sums = found * m.next_multiple_of(256) * n * 4;
-            assert!(sums <= 64 << 20, "{m} rows: {sums} bytes of sums");
-        }
-    }
 }
