@@ -94,6 +94,9 @@ pub(crate) enum Operation {
     DeF32,
 }
 
+// Every one is listed.
+const _: () = assert!(Operation::ALL.len() == Operation::DeF32 as usize + 1);
+
 impl Operation {
     pub const ALL: [Operation; 13] = [
         Operation::OnlineRest,
