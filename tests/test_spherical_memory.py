@@ -101,10 +101,11 @@ def test_a_step_on_cuda_stays_within_its_plan(case: dict[str, Any], route: str) 
     plan = spherical.plan(loss, *tensors, route=route, **options["plan"])
     spherical.invalidate(tensors[1])
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    # What was asked for: blocks that the allocator hands out may be up to 1 MiB larger.
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
     torch.cuda.reset_peak_memory_stats()
     kept = step(loss, tensors, options["call"], route)
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     del kept
     assert peak <= plan.peak_bytes
 

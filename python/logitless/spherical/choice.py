@@ -6,18 +6,27 @@ from logitless._extras import torch
 
 # Flops of the upper panels of the Gram matrix beside 2VD² of the full product, with the centring.
 SYMMETRIC = 0.75
-# How many flops a second streaming gets through for each of the Gram route's matrix products,
-# by device and dtype of the weight: `python bench/spherical_gram.py --break-even` measures it.
+# How many flops a second streaming gets through for each of the Gram route's, by device and dtype
+# of the weight. `python bench/spherical_gram.py --break-even` measures where the routes take the
+# same time, in N / D with both gradients and no cached matrix; a speed of s crosses at 0.44 s. For
+# D of 64 to 1024:
+#   CPU, 2 threads: fp32 0.36 to 0.68 on a Xeon, 0.93 to 1.03 on an EPYC, whose MKL is slower than
+#   our tiles; fp64 0.4 to 1.0; bf16 2.5 to 2.8 on the Xeon, as its tiles use AMX and Q is fp32.
+#   H200: below 0.125 in fp32 and fp64 (a small N leaves the tiles empty), above 4 in bf16, whose
+#   tiles run on tensor cores.
 STREAM_SPEED = {
-    ("cpu", torch.float32): 2.0,
-    ("cpu", torch.bfloat16): 2.0,
-    ("cpu", torch.float16): 1.0,
-    ("cpu", torch.float64): 2.0,
-    ("cuda", torch.float32): 1.0,
-    ("cuda", torch.bfloat16): 8.0,
-    ("cuda", torch.float16): 8.0,
-    ("cuda", torch.float64): 1.0,
+    ("cpu", torch.float32): 1.4,
+    ("cpu", torch.bfloat16): 6.0,
+    ("cpu", torch.float16): 1.4,
+    ("cpu", torch.float64): 1.4,
+    ("cuda", torch.float32): 0.25,
+    ("cuda", torch.bfloat16): 18.0,
+    ("cuda", torch.float16): 18.0,
+    ("cuda", torch.float64): 0.15,
 }
+# Streamed flops (2NVD each pass) that take a GPU as long as launching the Gram route's many small
+# kernels does.
+LEAST_WORK = {"cpu": 0.0, "cuda": 4e10}
 
 
 def choose(
@@ -44,6 +53,8 @@ def choose(
         Whether the input's and the weight's gradients will be asked for.
     """
     # In units of 2·V·D flops: N for each streamed product, D for one pass of W against D×D.
+    if device in LEAST_WORK and 8.0 * rows * classes * features < LEAST_WORK[device]:
+        return "stream"
     streamed = rows * (1 + any(gradients) + sum(gradients))
     passes = (0.0 if fresh else SYMMETRIC) + (1.0 if gradients[1] else 0.0)
     small = rows * features / classes * (1 + sum(gradients))

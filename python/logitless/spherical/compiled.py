@@ -25,9 +25,10 @@ def statistics(
     ids: Tensor,
     scale: Optional,
     number: float,
+    padding: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute mean, variance and target logits through the op; see `gram_statistics`."""
-    outputs = torch.ops.logitless.gram_statistics(input, weight, bias, ids, scale, number)
+    outputs = torch.ops.logitless.gram_statistics(input, weight, bias, ids, scale, number, padding)
     return outputs[0], outputs[1], outputs[2]
 
 
@@ -39,11 +40,13 @@ def _forward_op(
     ids: Tensor,
     scale: Optional,
     number: float,
+    padding: int,
 ) -> list[Tensor]:
     if not ids.is_cuda:
-        eager.check_ids(ids, weight.shape[0])
+        eager.check_ids(ids, weight.shape[0], padding)
     mean, centred = grams.compute(weight, bias)
-    return [*eager.row_values(input, weight, bias, ids, scale, number, mean, centred), mean]
+    values = eager.row_values(input, weight, bias, ids, scale, number, padding, mean, centred)
+    return [*values, mean]
 
 
 @_forward_op.register_fake
@@ -54,6 +57,7 @@ def _(
     ids: Tensor,
     scale: Optional,  # noqa: ARG001
     number: float,  # noqa: ARG001
+    padding: int,  # noqa: ARG001
 ) -> list[Tensor]:
     rows, size = input.shape[0], weight.shape[1] + (bias is not None)
     targets = ids.shape[1]
@@ -77,10 +81,11 @@ def _backward_op(
     wanted: list[bool],
 ) -> list[Tensor]:
     g_mean, g_variance, g_target = cotangents
-    parts = eager.masked(ids, weight.shape[0], g_mean, g_variance, g_target)
+    safe, real = eager.real_ids(ids, weight.shape[0])
+    parts = eager.masked(real, weight.shape[0], g_mean, g_variance, g_target)
     d_input = d_scale = None
     if wanted[0] or wanted[3]:
-        gradient = eager.d_features(weight, bias, ids, mean, product, parts)
+        gradient = eager.d_features(weight, bias, safe, mean, product, parts)
         d_input, d_scale = eager.input_gradients(
             input, scale, number, gradient, (wanted[0], wanted[3])
         )
@@ -88,7 +93,7 @@ def _backward_op(
     d_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
     if d_weight is not None or d_bias is not None:
         refuse_collecting(weight)
-        structure = eager.structure(features, ids, mean, weight.shape[0], parts)
+        structure = eager.structure(features, safe, real, mean, weight.shape[0], parts)
         structure.write(weight, bias, d_weight, d_bias)
     found = [d_input, d_weight, d_bias, d_scale]
     return [g for g in found if g is not None]
@@ -120,7 +125,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: Any, output: list[Tensor]) -> None:
-    *tensors, ctx.number = inputs
+    *tensors, ctx.number, _ = inputs
     ctx.save_for_backward(*tensors, *output[3:])
 
 
@@ -139,7 +144,7 @@ def _backward(ctx: Any, cotangents: list[Optional]) -> tuple[Any, ...]:
         )
     )
     d_input, d_weight, d_bias, d_scale = (next(gradients) if w else None for w in wanted)
-    return d_input, d_weight, d_bias, None, d_scale, None
+    return d_input, d_weight, d_bias, None, d_scale, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

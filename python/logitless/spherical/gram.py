@@ -20,7 +20,7 @@ from typing import Any
 from torch.utils.weak import WeakIdKeyDictionary
 
 from logitless._extras import torch
-from logitless.spherical.products import add_symmetric, block_rows, blocks, mirror
+from logitless.spherical.products import add_square, block_rows, blocks, mirror
 
 
 @dataclass(frozen=True)
@@ -111,16 +111,12 @@ def compute(
     classes, features = weight.shape
     size, dtype, device = features + (bias is not None), wide(weight.dtype), weight.device
     rows = block_rows(size, dtype, device)
-    centred = torch.zeros(size, size, dtype=dtype, device=device)
-    scratch = torch.empty(min(rows, classes), size, dtype=dtype, device=device)
+    centred = torch.empty(size, size, dtype=dtype, device=device)
+    parts = list(blocks(classes, rows))
     with torch.autocast(device.type, enabled=False):
-        total = torch.zeros(size, dtype=torch.float64, device=device)
-        for part in blocks(classes, rows):
-            total[:features] += weight[part].sum(0, dtype=dtype)
-            if bias is not None:
-                total[features] += bias[part].sum(dtype=dtype)
-        mean = (total / classes).to(dtype)
-        for part in blocks(classes, rows):
+        mean = _mean(weight, bias, parts, dtype)
+        scratch = torch.empty(min(rows, classes), size, dtype=dtype, device=device)
+        for part in parts:
             block = scratch[: part.stop - part.start]
             if bias is None and weight.dtype == dtype:
                 torch.sub(weight[part], mean, out=block)
@@ -129,5 +125,21 @@ def compute(
                 if bias is not None:
                     block[:, features].copy_(bias[part])
                 block.sub_(mean)
-            add_symmetric(centred, block, block)
+            add_square(centred, block, first=part.start == 0)
     return mean, mirror(centred)
+
+
+def _mean(
+    weight: torch.Tensor, bias: torch.Tensor | None, parts: list[slice], dtype: torch.dtype
+) -> torch.Tensor:
+    """Mean row of [W, b] in ``dtype``: sums of blocks, added up in float64."""
+    classes, features = weight.shape
+    size = features + (bias is not None)
+    sums = torch.empty(len(parts), size, dtype=dtype, device=weight.device)
+    for row, part in zip(sums, parts, strict=True):
+        torch.sum(weight[part], 0, dtype=dtype, out=row[:features])
+        if bias is not None:
+            torch.sum(bias[part], 0, dtype=dtype, out=row[features])
+    if len(parts) == 1:
+        return sums[0].div_(classes)
+    return (sums.sum(0, dtype=torch.float64) / classes).to(dtype)

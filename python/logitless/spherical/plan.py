@@ -12,6 +12,7 @@ from logitless._check import Geometry, argument_error
 from logitless._extras import torch
 from logitless.ops import autograd, inputs
 from logitless.ops import device as device_calls
+from logitless.ops.loan import NOTHING
 from logitless.spherical.gram import wide
 from logitless.spherical.products import block_rows
 from logitless.spherical.route import pick_route, spherical_statistics
@@ -22,6 +23,8 @@ __all__ = ["Plan", "plan"]
 # what is counted one by one; and the rounding of small tensors by torch's allocator.
 VECTORS = 12
 ROUNDING = 48 * 512
+# A GPU sums columns in parts, in scratch that grows with the device and not with the columns.
+COLUMN_SUMS = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,10 @@ def _gram(
     block = min(block_rows(p, dtype, weight.device), v)
     # The rows of the targets: as stored, widened, with the bias as a last column.
     gathered = n * d * item * (item != f) + n * d * f + (n * p * f if bias is not None else 0)
-    forward = max(block * p * f + p * (f + 16), n * p * f, gathered + n * p * f * (k > 0))
+    sums = -(-v // block) * p * f
+    forward = max(block * p * f + sums + p * (f + 16), n * p * f, gathered + n * p * f * (k > 0))
+    if weight.is_cuda:
+        forward = max(forward, COLUMN_SUMS)
     kept = 2 * n * p * f if mask else 0
     if not mask:
         forward += 2 * n * p * f
@@ -173,14 +179,20 @@ def _stream(
     head = (0, torch_code(weight.dtype), tuple(weight.shape), tuple(weight.stride()))
     spec = stats.core_spec(request.core, request.powers, 0, request.topk, geometry.targets)
     sizes = (_rows(geometry), geometry.features, geometry.classes, torch_code(weight.dtype))
-    found = device_calls.plan(weight.device, head, spec, *sizes, memory, mask)
-    threads = torch.get_num_threads() * found.threads_bytes
+    # A bf16 forward on CUDA may borrow memory of the gradients, unless another does: plan for both.
+    bf16 = weight.is_cuda and weight.dtype == torch.bfloat16 and mask & 2
+    lends = (NOTHING, weight.element_size()) if bf16 else (NOTHING,)
+    plans = [
+        device_calls.plan(weight.device, head, (n, True), spec, *sizes, memory, mask) for n in lends
+    ]
+    threads = torch.get_num_threads() * plans[0].threads_bytes
+    borrowed = weight.numel() * weight.element_size() if getattr(plans[-1], "lent_bytes", 0) else 0
     plan = Plan(
         "stream",
         0,
-        found.store_bytes,
-        found.forward_bytes + threads,
-        found.backward_bytes + threads if mask else 0,
+        max(found.store_bytes for found in plans),
+        max(found.forward_bytes for found in plans) + threads + borrowed,
+        max(found.backward_bytes for found in plans) + threads if mask else 0,
         _gradients(mask, input, weight, bias),
     )
     return _with_vectors(plan, _rows(geometry), geometry.targets)

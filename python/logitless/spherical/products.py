@@ -31,20 +31,20 @@ def blocks(classes: int, rows: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, classes))
 
 
-def add_symmetric(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add leftᵀ·right, known to be symmetric, to the upper triangle of ``out`` (P, P).
+def add_square(out: torch.Tensor, rows: torch.Tensor, *, first: bool) -> None:
+    """Add rowsᵀ·rows to the upper triangle of ``out`` (P, P); ``first`` overwrites it instead.
 
     Below the diagonal ``out`` is undefined until :func:`mirror`.
     """
     for panel in _panels(out):
         upper = slice(panel.start, None)
-        out[panel, upper].addmm_(left[:, panel].T, right[:, upper])
+        out[panel, upper].addmm_(rows[:, panel].T, rows[:, upper], beta=0 if first else 1)
 
 
 def mirror(out: torch.Tensor) -> torch.Tensor:
     """Copy the upper triangle of panels over the lower one."""
     for panel in _panels(out)[:-1]:
-        out[panel.stop :, panel] = out[panel, panel.stop :].T
+        out[panel.stop :, panel].copy_(out[panel, panel.stop :].T)
     return out
 
 

@@ -142,11 +142,6 @@ def _gram_values(
     flat_ids = None
     if ids is not None and geometry.targets:
         flat_ids = ids.reshape(-1, geometry.targets)
-        if not (ids.is_cuda or custom_ops.needed(ids)):
-            check_ids(flat_ids, geometry.classes, ignore)
-        # An id of -1 is wrong where padding is written otherwise; -2 is wrong everywhere.
-        wrong = torch.where(flat_ids == -1, -2, flat_ids)
-        flat_ids = torch.where(flat_ids == ignore, -1, wrong)
     with torch.autocast(input.device.type, enabled=False):
         mean, variance, target = gram_statistics(
             rows.reshape(-1, geometry.features),
@@ -154,6 +149,7 @@ def _gram_values(
             streamed["linear_bias"],
             flat_ids,
             streamed["logit_scale"],
+            ignore,
         )
     shape, v = geometry.rows_shape, geometry.classes
     values: dict[str, torch.Tensor] = {}

@@ -8,7 +8,6 @@ from logitless._extras import torch
 from logitless.ops import custom_ops
 from logitless.spherical.accumulate import collector
 from logitless.spherical.gram import gram, wide
-from logitless.spherical.products import add_symmetric, mirror
 from logitless.spherical.structure import Structure
 
 Tensor = torch.Tensor
@@ -26,6 +25,7 @@ def gram_statistics(
     bias: Optional,
     ids: Optional,
     logit_scale: Tensor | float,
+    padding: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics of z = logit_scale · E Wᵀ + b without visiting the classes.
 
@@ -36,11 +36,13 @@ def gram_statistics(
     weight, bias
         W (V, D) and b (V,), any float dtype.
     ids
-        (N, K) int64 in [0, V), or -1 for padding, whose target logit is 0; a row of padding alone
-        is skipped: zeros, no gradient, whatever its features. None: no targets. Others are refused
-        on the CPU and make their row nan on CUDA.
+        (N, K) int64 in [0, V), or ``padding``, whose target logit is 0; a row of padding alone is
+        skipped: zeros, no gradient, whatever its features. None: no targets. Another id is refused
+        on the CPU and makes its row nan on CUDA, where looking would wait for the device.
     logit_scale
         Float or 0-d tensor.
+    padding
+        The id to ignore.
 
     Returns
     -------
@@ -56,21 +58,15 @@ def gram_statistics(
         number = logit_scale
     if ids is None:
         ids = torch.empty(input.shape[0], 0, dtype=torch.int64, device=input.device)
-    traced = custom_ops.needed(input, weight, bias, scale, ids)
-    wrong = None
-    if ids.is_cuda:
-        # Looking would wait for the device: a row with an id out of range becomes nan instead.
-        wrong = (ids >= weight.shape[0]) | (ids < -1)
-        ids = torch.where(wrong, -1, ids)
-    if traced:
+    arguments = (input, weight, bias, ids, scale, number, padding)
+    if custom_ops.needed(input, weight, bias, scale, ids):
         from logitless.spherical.compiled import statistics
 
-        mean, variance, target = statistics(input, weight, bias, ids, scale, number)
-    else:
-        mean, variance, target = _GramStatistics.apply(input, weight, bias, ids, scale, number)
-    if wrong is not None:
-        target = torch.where(wrong, float("nan"), target)
-    return mean, variance, target
+        return statistics(*arguments)
+    if not ids.is_cuda:
+        check_ids(ids, weight.shape[0], padding)
+    result: tuple[Tensor, Tensor, Tensor] = _GramStatistics.apply(*arguments)
+    return result
 
 
 def check_ids(ids: Tensor, classes: int, padding: int = -1) -> None:
@@ -92,24 +88,34 @@ def row_values(
     ids: Tensor,
     scale: Optional,
     number: float,
+    padding: int,
     mean: Tensor,
     centred: Tensor,
 ) -> tuple[Tensor, ...]:
     """Compute mean, variance and target logits; and what backward needs: features (N, P), hQ."""
-    features = _features(input, bias, ids, scale, number, centred.dtype)
+    safe, real = real_ids(ids, weight.shape[0])
+    features = _features(input, bias, real, scale, number, centred.dtype)
     row_mean, product = features @ mean, features @ centred
     variance = (product * features).sum(1).clamp_(min=0).div_(weight.shape[0])
     target = features.new_empty(ids.shape)
-    for k in range(target.shape[1]):
-        rows, kept = _target_rows(weight, bias, ids[:, k])
-        target[:, k] = torch.where(kept, rows.mul_(features).sum(1), 0.0)
+    for k in range(ids.shape[1]):
+        target[:, k] = _target_rows(weight, bias, safe[:, k]).mul_(features).sum(1)
+    if ids.shape[1]:
+        # Times 1, or 0 for padding; and 0 / 0 for an id that is neither.
+        target.mul_(real).div_(real | (ids == padding))
     return row_mean, variance, target, features, product
+
+
+def real_ids(ids: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Ids that may be looked up, and which of them were meant."""
+    safe = ids.clamp(0, classes - 1)
+    return safe, safe == ids
 
 
 def d_features(
     weight: Tensor,
     bias: Optional,
-    ids: Tensor,
+    safe: Tensor,
     mean: Tensor,
     product: Tensor,
     cotangents: tuple[Tensor, Tensor, Tensor],
@@ -118,55 +124,59 @@ def d_features(
     g_mean, per_variance, g_target = cotangents
     out = (product * per_variance[:, None]).addr_(g_mean, mean)
     for k in range(g_target.shape[1]):
-        out.addcmul_(g_target[:, k, None], _target_rows(weight, bias, ids[:, k])[0])
+        out.addcmul_(g_target[:, k, None], _target_rows(weight, bias, safe[:, k]))
     return out
 
 
 def structure(
     features: Tensor,
-    ids: Tensor,
+    safe: Tensor,
+    real: Tensor,
     mean: Tensor,
     classes: int,
     cotangents: tuple[Tensor, Tensor, Tensor],
 ) -> Structure:
     """The parts of the weight's gradient."""
     g_mean, per_variance, g_target = cotangents
-    size = features.shape[1]
-    multiplier = features.new_zeros(size, size)
-    add_symmetric(multiplier, features * per_variance[:, None], features)
-    mirror(multiplier)
-    addend = (g_mean / classes) @ features - multiplier @ mean
-    targets = g_target.shape[1]
-    if not targets:
-        return Structure(
-            multiplier, addend, torch.zeros_like(g_mean[:0], dtype=torch.int64), features[:0]
-        )
+    multiplier = (features * per_variance[:, None]).T @ features
+    addend = torch.addmv(features.T @ g_mean, multiplier, mean, beta=1 / classes, alpha=-1)
     # Padding adds zeros to classes of its own choice: finding and dropping it would wait for a
     # device, and one class for all would be a long chain of additions.
-    flat = ids.reshape(-1)
-    safe = torch.where(flat >= 0, flat, torch.arange(len(flat), device=flat.device) % classes)
-    rows = (features[:, None, :] * g_target[:, :, None]).view(len(flat), size)
-    return Structure(multiplier, addend, safe, rows)
+    count = safe.numel()
+    spread = torch.arange(count, device=safe.device)
+    if count > classes:
+        spread %= classes
+    ids = torch.where(real.view(-1), safe.view(-1), spread)
+    rows = (features[:, None, :] * g_target[:, :, None]).view(count, features.shape[1])
+    return Structure(multiplier, addend, ids, rows)
 
 
 def masked(
-    ids: Tensor, classes: int, g_mean: Tensor, g_variance: Tensor, g_target: Tensor
+    real: Tensor, classes: int, g_mean: Tensor, g_variance: Tensor, g_target: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of mean, of hQh (per_variance, twice) and of the targets, zeros at padding."""
+    """Cotangents of mean, of hQh (per_variance, twice) and of the targets, zeros at padding.
+
+    A loss may have no finite derivative at the zeros of a skipped row.
+    """
     per_variance = g_variance * (2 / classes)
-    if ids.shape[1]:
-        real = ids >= 0
-        kept = real.any(1)
-        g_mean = torch.where(kept, g_mean, 0.0)
-        per_variance = torch.where(kept, per_variance, 0.0)
-        g_target = torch.where(real, g_target, 0.0)
-    return g_mean, per_variance, g_target
+    if not real.shape[1]:
+        return g_mean, per_variance, g_target
+    kept, zero = _any(real), g_mean.new_zeros(())
+    return (
+        torch.where(kept, g_mean, zero),
+        torch.where(kept, per_variance, zero),
+        torch.where(real, g_target, zero),
+    )
+
+
+def _any(real: Tensor) -> Tensor:
+    return real[:, 0] if real.shape[1] == 1 else real.any(1)
 
 
 def _features(
     input: Tensor,
     bias: Optional,
-    ids: Tensor,
+    real: Tensor,
     scale: Optional,
     number: float,
     dtype: torch.dtype,
@@ -182,18 +192,17 @@ def _features(
         own.mul_(number)
     if bias is not None:
         features[:, width] = 1.0
-    if ids.shape[1]:
-        features.masked_fill_((ids < 0).all(1)[:, None], 0.0)
+    if real.shape[1]:
+        features.masked_fill_(_any(real).logical_not()[:, None], 0.0)
     return features
 
 
-def _target_rows(weight: Tensor, bias: Optional, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of [W, b] at (N,) ids, any row at padding, and where there is none: (N, P), (N,)."""
-    safe = ids.clamp(min=0)
+def _target_rows(weight: Tensor, bias: Optional, safe: Tensor) -> Tensor:
+    """Rows of [W, b] at (N,) ids: (N, P)."""
     rows = weight[safe].to(wide(weight.dtype))
     if bias is not None:
         rows = torch.cat([rows, bias[safe].to(rows.dtype)[:, None]], 1)
-    return rows, ids >= 0
+    return rows
 
 
 def input_gradients(
@@ -226,14 +235,14 @@ class _GramStatistics(torch.autograd.Function):
         ids: Tensor,
         scale: Optional,
         number: float,
+        padding: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         state = gram(weight, bias)
-        *statistics, features, product = row_values(
-            input, weight, bias, ids, scale, number, state.mean, state.centred
+        mean, variance, target, features, product = row_values(
+            input, weight, bias, ids, scale, number, padding, state.mean, state.centred
         )
         ctx.save_for_backward(input, weight, bias, ids, scale, features, product, state.mean)
         ctx.number = number
-        mean, variance, target = statistics
         return mean, variance, target
 
     @staticmethod
@@ -246,17 +255,18 @@ class _GramStatistics(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Optional, ...]:
         input, weight, bias, ids, scale, features, product, mean = ctx.saved_tensors
-        parts = masked(ids, weight.shape[0], *cotangents)
+        safe, real = real_ids(ids, weight.shape[0])
+        parts = masked(real, weight.shape[0], *cotangents)
         needs = ctx.needs_input_grad
         d_input = d_scale = d_weight = d_bias = None
         if needs[0] or needs[4]:
-            gradient = d_features(weight, bias, ids, mean, product, parts)
+            gradient = d_features(weight, bias, safe, mean, product, parts)
             d_input, d_scale = input_gradients(
                 input, scale, ctx.number, gradient, (needs[0], needs[4])
             )
             del gradient
         if needs[1] or needs[2]:
-            found = structure(features, ids, mean, weight.shape[0], parts)
+            found = structure(features, safe, real, mean, weight.shape[0], parts)
             collecting = collector(weight)
             if collecting is not None:
                 collecting.add(found)
@@ -264,4 +274,4 @@ class _GramStatistics(torch.autograd.Function):
                 d_weight = torch.empty_like(weight) if needs[1] else None
                 d_bias = torch.empty_like(bias) if needs[2] else None
                 found.write(weight, bias, d_weight, d_bias)
-        return d_input, d_weight, d_bias, None, d_scale, None
+        return d_input, d_weight, d_bias, None, d_scale, None, None
