@@ -261,6 +261,8 @@ class Case:
         shift = 96.0 if self.extents[1] % 2 else 0.0
         self.fields.update(ref=rest, coef=coef, shift=shift)
         out = self.output(DTYPES[self.dtype])
+        if self.operation == "gradient_sums":
+            self.gradient_sums(out)
         self.launch(out)
         a, b, c, d, e = coef.double()[:, :m, None]
         t = z - rest.double()[:, None]
@@ -273,6 +275,22 @@ class Case:
         if self.mapped:
             wanted = wanted * (1 - (z / SOFTCAP) ** 2)
         self.result("tile", out, wanted, ROUNDING[self.dtype])
+        if self.operation == "gradient_sums":
+            sums = torch.zeros(round_up(m, 16), z.shape[1], device=DEVICE, dtype=torch.float64)
+            sums[self.rows] = wanted[self.rows]
+            sums = sums.view(-1, 16, z.shape[1]).sum(1)[: -(-len(self.rows) // 16)]
+            columns = self.fields["columns"][: len(sums), : z.shape[1]]
+            self.report.near(f"{self.tag} columns", columns, sums, EXACT[self.dtype])
+            dots = self.blocks(lambda x: x.sum(1), wanted * self.product)
+            found = self.fields["dots"][:, self.rows]
+            self.report.near(f"{self.tag} dots", found, dots, EXACT[self.dtype])
+
+    def gradient_sums(self, out: Tensor) -> None:
+        """Memory of the sums that come with the tile."""
+        m, n, _ = self.extents
+        columns = torch.full((round_up(m, 256) // 16, out.stride(0)), math.nan, device=DEVICE)
+        dots = torch.full((-(-n // self.block), m + 3), math.nan, device=DEVICE)
+        self.fields.update(columns=columns, dots=dots)
 
     def plain_logits(self) -> None:
         z, _ = self.logits()
@@ -290,6 +308,7 @@ class Case:
             "store_exp": self.store_exp,
             "gradient_ce": self.gradient,
             "gradient": self.gradient,
+            "gradient_sums": self.gradient,
             "logits": self.plain_logits,
         }
         table.get(self.operation, self.gradient_product)()
