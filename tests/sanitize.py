@@ -49,6 +49,18 @@ def cross_entropy(dtype: Any, memory: str, features: int) -> None:
     ).backward()
 
 
+def partly_stored() -> None:
+    """Exponentials of some classes in the gradient's memory; few live rows, and an entropy."""
+    e = tensor(520, 2048, dtype=torch.bfloat16).requires_grad_()
+    w = (tensor(14011, 2048, dtype=torch.bfloat16) / 30).detach().requires_grad_()
+    y = torch.arange(520, device="cuda") * 26
+    for every in (600, 2):
+        losses = LF.linear_cross_entropy(e, w, y, reduction="none")
+        losses[torch.arange(520, device="cuda") % every > 0].sum().backward()
+    s = LF.linear_log_prob(e, w, y)
+    (s.log_prob + s.entropy).sum().backward()
+
+
 def few_rows(dtype: Any, memory: str) -> None:
     """The input's gradient in slices of the classes."""
     e = tensor(9, 64, dtype=dtype).requires_grad_()
@@ -88,6 +100,7 @@ def main() -> None:
                 cross_entropy(dtype, memory, features)
             few_rows(dtype, memory)
         everything(dtype)
+    partly_stored()
     torch.cuda.synchronize()
     print("every path ran", file=sys.stderr)
 

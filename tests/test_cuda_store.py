@@ -97,6 +97,10 @@ def test_plans_say_what_is_kept() -> None:
     assert bought.mode == "partly stored"
     assert 0.8 * n * v <= bought.store_bytes <= n * v
     assert plan(n, d, v, -2, lends=2).mode == "stored"
+    spec = _core.Spec(("rest", "target", "entropy"), targets=1)
+    fast = _core.cuda_plan(spec, n, d, v, BF16, -2, 3, lends=2)
+    assert fast.mode == "partly stored"
+    assert fast.store_bytes >= 2 * n * v
 
 
 @pytest.mark.parametrize("memory", ["lean", MEMORY, "fast"])
@@ -168,16 +172,67 @@ def test_classes_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize("memory", ["lean", MEMORY])
-def test_uneven_and_zero_cotangents(memory: Any) -> None:
+@pytest.mark.parametrize("every", [2, 3, 17])
+def test_uneven_and_zero_cotangents(every: int, memory: Any) -> None:
+    """Rows without a cotangent, so many that the others are made again, and fewer."""
     e, w, y = make(1100, 2056, 20011, ignored=0.6)
     cotangent = torch.rand(1100, device="cuda") * torch.logspace(-6, 2, 1100, device="cuda")
-    cotangent[::3] = 0.0
+    cotangent[::every] = 0.0
     losses = LF.linear_cross_entropy(e, w, y, memory=memory, reduction="none")
     gradients = torch.autograd.grad((losses * cotangent).sum(), [e, w])
-    assert not gradients[0][::3].any()
+    assert not gradients[0][::every].any()
     assert not gradients[0][y < 0].any()
     _, expected = reference((e, w), y, cotangent.double())
     for actual, wanted in zip(gradients, expected, strict=True):
+        close(actual, wanted, 4e-3)
+
+
+def test_no_cotangent_at_all() -> None:
+    e, w, y = make(1100, 2056, 20011, ignored=1.0)
+    for ids in (y, y.clamp(min=0)):
+        losses = LF.linear_cross_entropy(e, w, ids, reduction="none")
+        gradients = torch.autograd.grad((losses * 0.0).sum(), [e, w])
+        assert not any(g.any() for g in gradients)
+
+
+@pytest.mark.parametrize("memory", ["lean", MEMORY, "fast"])
+@pytest.mark.parametrize("form", ["plain", "bias", "far", "softcap", "masked"])
+@pytest.mark.parametrize("shape", [SHAPES[0], (2100, 1032, 30011)])
+def test_entropy(shape: Any, form: str, memory: Any) -> None:
+    n, _, v = shape
+    e, w, y = make(*shape)
+    leaves, options = [e, w], {}
+    generator = torch.Generator("cuda").manual_seed(5)
+    g = torch.randn(2, n, generator=generator, device="cuda") * (y >= 0)
+    if form == "bias":
+        leaves.append(torch.randn(v, device="cuda").bfloat16().requires_grad_())
+        options["linear_bias"] = leaves[2]
+    elif form == "softcap":
+        options["softcap"] = 8.0
+    elif form == "masked":
+        g *= torch.rand(n, generator=generator, device="cuda") < 0.3
+    elif form == "far":
+        with torch.no_grad():
+            e[:, 0], w[:, 0] = 1.0, 0.0
+            y[0:9], y[300:309] = 5, v - 3
+            w[5, 0], w[v - 3, 0] = -90.0, 80.0
+    s = LF.linear_log_prob(e, w, y, memory=memory, **options)
+    kept = y >= 0
+    total = (
+        torch.where(kept, s.log_prob, 0.0) * g[0] + torch.where(kept, s.entropy, 0.0) * g[1]
+    ).sum()
+    gradients = torch.autograd.grad(total, leaves)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    z = wide[0] @ wide[1].T + (wide[2] if form == "bias" else 0.0)
+    if form == "softcap":
+        z = 8.0 * torch.tanh(z / 8.0)
+    log_p = z.log_softmax(1)
+    exact = -torch.where(log_p.exp() > 0, log_p.exp() * log_p, 0.0).sum(1)
+    chosen = log_p.gather(1, y.clamp(min=0)[:, None])[:, 0]
+    assert (s.entropy.double() - exact)[kept].abs().max() <= 2e-3
+    assert (s.log_prob.double() - chosen)[kept].abs().max() <= 2e-3
+    total = ((chosen * g[0] + exact * g[1]) * kept).sum()
+    for actual, wanted in zip(gradients, torch.autograd.grad(total, wide), strict=True):
         close(actual, wanted, 4e-3)
 
 

@@ -238,7 +238,8 @@ class Case:
 
     def store_exp(self) -> None:
         z, hot = self.logits()
-        part = self.partials(1)
+        moments = self.operation == "store_moment"
+        part = self.partials(2 if moments else 1)
         reference = z[:, 0].float() + 0.5
         reference[3::11] = math.inf  # rows that count for nothing
         shift = 116.0 if self.extents[1] % 2 else 0.0
@@ -248,6 +249,11 @@ class Case:
         e = torch.where(hot, 0.0, torch.exp(z - reference.double()[:, None]))
         sums = self.blocks(lambda x: x.sum(1), e)
         self.report.near(f"{self.tag} sums", part[0][:, self.rows], sums, EXACT[self.dtype])
+        if moments:
+            t = torch.where(e > 0, z - reference.double()[:, None], 0.0)
+            wanted = self.blocks(lambda x: x.sum(1), e * t)
+            found = part[1][:, self.rows]
+            self.report.near(f"{self.tag} moments", found, wanted, EXACT[self.dtype])
         kept = torch.where(e >= 2.0 ** (shift - 126), e, 0.0)
         if self.mapped:
             kept = kept * (1 - (z / SOFTCAP) ** 2)
@@ -306,6 +312,7 @@ class Case:
             "online": self.online,
             "statistics": self.online,
             "store_exp": self.store_exp,
+            "store_moment": self.store_exp,
             "gradient_ce": self.gradient,
             "gradient": self.gradient,
             "gradient_sums": self.gradient,
@@ -331,7 +338,7 @@ def main() -> None:
         Case(kernels, name, (700, 1500, 520), report, count=333).run()
         if kernel["operation"].startswith("dw"):
             Case(kernels, name, (300, 520, 200), report, count=0).run()
-        if kernel["operation"] in ("store_exp", "repair"):
+        if kernel["operation"] in ("store_exp", "store_moment", "repair"):
             Case(kernels, name, (1000, 1500, 136), report, listed=True).run()
     print(f"{report.passed} passed, {len(report.failed)} failed")
     raise SystemExit(bool(report.failed))

@@ -19,7 +19,14 @@ import torch
 from device import Kernels, Launch
 
 DEVICE = "cuda"
-PLANES = {"online_rest": 2, "repair": 2, "online": 3, "statistics": 7, "store_exp": 1}
+PLANES = {
+    "online_rest": 2,
+    "repair": 2,
+    "online": 3,
+    "statistics": 7,
+    "store_exp": 1,
+    "store_moment": 2,
+}
 
 
 Items = dict[str, Callable[[], object]]
@@ -55,7 +62,7 @@ def items(kernels: Kernels, n: int, d: int, v: int, pattern: str) -> Items:
             continue
         operation = kernel["operation"]
         if operation in PLANES or operation.startswith("gradient"):
-            store = None if operation in PLANES and operation != "store_exp" else x
+            store = None if operation in PLANES and not operation.startswith("store") else x
             out[name] = Launch(kernels, name, (n, v, d), e, w, store, **logits)
         elif operation.startswith("dw"):
             result = dw32 if operation.endswith("f32") else dw

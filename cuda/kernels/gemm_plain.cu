@@ -14,6 +14,7 @@ __device__ __forceinline__ void plain(const PlainParams& p) {
   constexpr int kTile = 64, kStep = 16, kPad = 4;
   __shared__ Acc a_tile[kStep][kTile + kPad], b_tile[kStep][kTile + kPad];
   const int live = p.count ? *p.count : 0x7fffffff;
+  if (live < 0) return;
   const int m = p.count && !p.count_is_k ? min(p.m, live) : p.m, k = p.count && p.count_is_k ? min(p.k, live) : p.k;
   const i64 m0 = (i64)blockIdx.y * kTile, n0 = (i64)blockIdx.x * kTile;
   if (m0 >= m) return;

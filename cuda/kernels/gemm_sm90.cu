@@ -6,7 +6,8 @@
 //
 //   tile      stages  shared bytes  accumulators  operations
 //   p128x192  5       204880        192           online_rest, online, statistics
-//             5       221264        192           gradient_ce, gradient, store_exp, repair, logits
+//             5       221264        192           gradient_ce, gradient, store_exp, store_moment,
+//                                                repair, logits
 //   c128x256  4       229440        128           dw, dw_f32, de, de_f32
 //   c128x192  4       196672        96            dw, de_f32
 //   c256x192  3       204848        192           dw, de, de_f32

@@ -66,14 +66,33 @@ extern "C" __global__ void __launch_bounds__(256) live_rows(const __grid_constan
   if (threadIdx.x == 0) p.block_max[blockIdx.x] = most;
 }
 
+// Whether enough rows are live that all that were kept are taken again, the others with coefficients of 0. One block.
+__device__ bool takes_all(const SelectParams& p) {
+  __shared__ int total[2];
+  if (threadIdx.x < 2) total[threadIdx.x] = 0;
+  __syncthreads();
+  for (i64 first = 0; first < p.total; first += 1024) {
+    const i64 row = first + threadIdx.x;
+    const int live = __syncthreads_count(row < p.total && p.live[row] != 0);
+    const int kept = __syncthreads_count(row < p.total && !is_ignored(p.targets, row));
+    if (threadIdx.x == 0) {
+      total[0] += live;
+      total[1] += kept;
+    }
+  }
+  __syncthreads();  // thread 0 has the totals
+  return total[0] >= p.least * total[1];
+}
+
 // One block of 1024: an exclusive scan of the flags, 1024 rows at a time.
 extern "C" __global__ void __launch_bounds__(1024) select_rows(const __grid_constant__ SelectParams p) {
   __shared__ int warp_total[32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  const bool all_kept = p.kept && takes_all(p);
   int base = 0;
   for (i64 first = 0; p.rows && first < p.total; first += 1024) {
     const i64 row = first + threadIdx.x;
-    const bool live = row < p.total && (p.live ? p.live[row] != 0 : !is_ignored(p.targets, row));
+    const bool live = row < p.total && (p.live && !all_kept ? p.live[row] != 0 : !is_ignored(p.targets, row));
     const u32 votes = __ballot_sync(kFullWarp, live);
     if (lane == 0) warp_total[warp] = __popc(votes);
     __syncthreads();
@@ -88,6 +107,10 @@ extern "C" __global__ void __launch_bounds__(1024) select_rows(const __grid_cons
     __syncthreads();  // warp_total is written again
   }
   if (p.count && threadIdx.x == 0) *p.count = p.rows ? base : (int)p.total;
+  if (p.kept && threadIdx.x == 0) {
+    *p.kept = all_kept ? base : -1;
+    *p.again = all_kept ? -1 : base;
+  }
   if (p.scalars && warp == 0) {
     float most = 0.f;
     for (i64 i = lane; i < p.blocks; i += 32) {
@@ -282,6 +305,7 @@ __device__ __forceinline__ void finish(const FinishParams& p) {
 
 extern "C" __global__ void __launch_bounds__(512) finish_online(const __grid_constant__ FinishParams p) { finish<OnlinePartial, 16>(p); }
 extern "C" __global__ void __launch_bounds__(512) finish_fixed(const __grid_constant__ FinishParams p) { finish<FixedPartial, 16>(p); }
+extern "C" __global__ void __launch_bounds__(512) finish_fixed_moment(const __grid_constant__ FinishParams p) { finish<FixedMomentPartial, 16>(p); }
 extern "C" __global__ void __launch_bounds__(256) finish_full(const __grid_constant__ FinishParams p) { finish<FullPartial, 8>(p); }
 
 // -- coefficients of the gradient tile --------------------------------------------------------------------------------
@@ -347,6 +371,7 @@ extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_consta
   __shared__ double shared[8][32];
   const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
   const i64 column = blockIdx.x * 32ll + lane, live = p.count ? *p.count : p.rows, rows = (live + p.group - 1) / p.group;
+  if (live < 0) return;
   double total = 0.;
   if (column < p.columns) {
     // Short float runs keep the order and the speed; their totals are folded in double.

@@ -58,17 +58,30 @@ extern "C" __global__ void __launch_bounds__(256) finish_repair(const __grid_con
   else if (distance >= 59.f && fabsf(rest) < infinity()) p.reference[slot] = rest;  // a target at -inf too
 }
 
+// The distribution over two sets of classes: with shares p and q = 1 - p of them, its entropy is that of the shares and
+// the mean of the sets' own.
 extern "C" __global__ void __launch_bounds__(256) merge_rest(const __grid_constant__ MergeRestParams p) {
   const i64 row = blockIdx.x * 256ll + threadIdx.x;
   if (row >= p.list.total || (p.list.slots && p.list.slots[row] < 0)) return;
   const float a = p.kept[row], b = p.rest[row], high = fmaxf(a, b), low = fminf(a, b);
   // An infinite maximum is the result; a nan on either side stays.
-  p.rest[row] = is_nan(a) || is_nan(b) ? a + b : fabsf(high) == infinity() ? high : high + log1pf(expf(low - high));
+  const float rest = is_nan(a) || is_nan(b) ? a + b : fabsf(high) == infinity() ? high : high + log1pf(expf(low - high));
+  p.rest[row] = rest;
+  if (!p.entropy) return;
+  const float log_p = a - rest, log_q = b - rest, share_p = expf(log_p), share_q = expf(log_q);
+  // A set without a share adds nothing, whatever its entropy.
+  float entropy = share_p == 0.f ? 0.f : share_p * (p.kept_entropy[row] - log_p);
+  entropy += share_q == 0.f ? 0.f : share_q * (p.entropy[row] - log_q);
+  p.entropy[row] = rest == -infinity() ? 0.f : entropy;
 }
 
-// One block a slot and 8192 classes, four loads in flight a thread. From X to dz of a cross entropy: a r off the target and
-// e at it, with r = X e^(reference - rest). Normalised and flushed like the tiles that the products make.
-extern "C" __global__ void __launch_bounds__(256) stored_gradient_bf16(const __grid_constant__ StoredTileParams p) {
+namespace {
+
+// One block a slot and 8192 classes, four loads in flight a thread. From X to dz: r (a + b t) off the target and e at it,
+// with t = ln X + reference - rest and r = e^t; b is 0 but for the entropy (kMoments). Normalised and flushed like the
+// tiles that the products make.
+template <bool kMoments>
+__device__ __forceinline__ void stored_gradient(const StoredTileParams& p) {
   constexpr int kLoads = 4, kStep = 256 * 8;
   const int slot = blockIdx.x, count = live_count(p.list), first = blockIdx.y * kLoads * kStep + threadIdx.x * 8;
   if (slot >= zeroed_rows(count, p.ld_row)) return;
@@ -82,7 +95,9 @@ extern "C" __global__ void __launch_bounds__(256) stored_gradient_bf16(const __g
   const float reference = p.reference[slot], rest = p.rest[slot];
   // Without a class but the target every X is 0; so is every gradient of a row that does not count.
   const float factor = !live || reference == infinity() ? 0.f : expf(reference - rest);
-  const float a = live ? p.coef[slot] * factor : 0.f, smallest = p.shift > 0.f ? exp2f(p.shift - 126.f) : 0.f;
+  const float a = live ? p.coef[slot] * factor : 0.f;
+  const float b = kMoments && live ? p.coef[p.ld_row + slot] * factor : 0.f;
+  const float smallest = p.shift > 0.f ? exp2f(p.shift - 126.f) : 0.f;
   const int target = live && p.target[slot] >= 0 ? p.target[slot] - p.column0 - first : -1;
   float at_target = 0.f;
   if (target >= 0 && target % kStep < 8) {
@@ -96,11 +111,20 @@ extern "C" __global__ void __launch_bounds__(256) stored_gradient_bf16(const __g
 #pragma unroll
     for (int i = 0; i < 8; i++) {
       const float r = widen(e[i]);
-      const float g = a * (r * factor < smallest ? 0.f : r);  // a nan stays
+      const float kept = r * factor < smallest ? 0.f : r;
+      float g = a * kept;  // a nan stays
+      if (kMoments && kept > 0.f) g = fmaf(b * kept, __logf(kept) + (reference - rest), g);
       e[i] = Element<bf16>::from(k * kStep + i == target ? at_target : g);
     }
     *(uint4*)(tile + first + k * kStep) = v[k];
   }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(256) stored_gradient_bf16(const __grid_constant__ StoredTileParams p) {
+  if (p.moments) stored_gradient<true>(p);
+  else stored_gradient<false>(p);
 }
 
 extern "C" __global__ void __launch_bounds__(256) store_factors(const __grid_constant__ FactorParams p) {

@@ -15,7 +15,7 @@ struct GemmParams {
   const void* b;        // K-major (N, K), or MN-major (K, N)
   void* d;              // (M, N), element type by the epilogue
   i64 lda, ldb, ldd;    // pitches in elements, multiples of 16 bytes
-  const int* count;     // device: live rows; replaces m, or k when count_is_k. null: the host's number
+  const int* count;     // device: live rows; replaces m, or k when count_is_k. null: the host's number. < 0: do nothing
   const float* alpha;   // device: factor of a store epilogue's accumulators. null: 1
   const float* ref;     // (rows) statistics, store_exp: reference of the exponential; gradient: rest
   const int* target;    // (rows) class of the row's target, -1 for none
@@ -122,8 +122,10 @@ struct SelectParams {
   double scale;
   const void* scale_at;       // device: logit_scale, float or double; null: `scale`
   i64 is_double;
+  int *kept, *again;          // or null. Where exponentials were kept of the rows that are not ignored: the count, if all
+  double least;               // of them are listed because at least this share is live, else -1; and the other way round
 };
-static_assert(sizeof(SelectParams) == 120, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(SelectParams) == 144, "mirror rust/gpu/src/params.rs");
 
 // gather_rows: a packed copy of live rows, zero-filled to the pitch and to the padded row count.
 struct GatherParams {
@@ -214,7 +216,7 @@ static_assert(sizeof(AddMaximumParams) == 336, "mirror rust/gpu/src/params.rs");
 struct ColumnSumParams {
   AnyMatrix tile;
   AnyMatrix out;         // (columns), row_stride
-  const int* count;      // or null
+  const int* count;      // or null; < 0: do nothing
   const double* factor;  // or null: 1
   const float* weights;  // (rows) or null: 1
   const int* target;     // (rows) column that counts as `value`, whatever the tile holds; or null
@@ -317,13 +319,15 @@ struct SetTargetsParams {
 };
 static_assert(sizeof(SetTargetsParams) == 64, "mirror rust/gpu/src/params.rs");
 
-// merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes.
+// merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes; and the entropy.
 struct MergeRestParams {
   RowList list;
-  const float* kept;  // (N)
-  float* rest;        // (N), the output
+  const float* kept;          // (N)
+  float* rest;                // (N), the output
+  const float* kept_entropy;  // (N), or null
+  float* entropy;             // (N), the output, or null
 };
-static_assert(sizeof(MergeRestParams) == 48, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(MergeRestParams) == 64, "mirror rust/gpu/src/params.rs");
 
 // stored_gradient: a tile of gradients of the logits from exponentials, in place or not.
 struct StoredTileParams {
@@ -341,7 +345,7 @@ struct StoredTileParams {
   int width;               // classes of the tile
   float shift;             // probabilities below 2^(shift - 126) become 0
   float softcap;           // 0: none
-  int reserved;
+  int moments;             // 1: the plane b too
 };
 static_assert(sizeof(StoredTileParams) == 128, "mirror rust/gpu/src/params.rs");
 

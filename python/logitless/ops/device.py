@@ -35,14 +35,16 @@ def check(device: torch.device) -> None:
     )
 
 
-def plan(device: torch.device, weight: Handle, gradients: tuple[int, bool], *arguments: Any) -> Any:
+def plan(
+    device: torch.device, weight: Handle, *arguments: Any, lends: int = -1, compact: bool = True
+) -> Any:
     """Size a call on `device`; cached. `arguments` are those of `_core.plan` up to gradients.
 
-    `gradients` are `lends` and `compact` of `_core.cuda_plan`; a CPU borrows nothing.
+    `lends` and `compact` are those of `_core.cuda_plan`; a CPU borrows nothing.
     """
     if device.type == "cuda":
         describable = _CUDA.cuda_describable(weight)
-        return _cached("cuda_plan", *arguments, describable, _index(device), *gradients)
+        return _cached("cuda_plan", *arguments, describable, _index(device), lends, compact)
     return _cached("plan", *arguments)
 
 

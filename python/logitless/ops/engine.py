@@ -330,6 +330,10 @@ class Problem:
         )
 
 
+def _capped_entropy(call: Call, device: torch.device) -> bool:
+    return call.softcap > 0 and "entropy" in call.core and device.type == "cuda"
+
+
 def _handle(tensor: Optional) -> Handle | None:
     return None if tensor is None else torch_handle(tensor)
 
@@ -338,13 +342,15 @@ def _plan(call: Call, device: torch.device, weight: Handle, lends: int) -> Any:
     return device_calls.plan(
         device,
         weight,
-        (lends, not call.shift),
         stats.core_spec(call.core, call.powers, call.vectors, call.topk, call.targets),
         call.rows,
         weight[2][1],
         weight[2][0],
         torch_code(call.dtype),
-        # What is kept belongs to one head: one with extra dimensions recomputes.
-        0 if call.positions else call.memory,
+        # What is kept belongs to one head: one with extra dimensions recomputes. Exponentials of a
+        # softcap carry its slope, which an entropy's gradient cannot take out again.
+        0 if call.positions or _capped_entropy(call, device) else call.memory,
         call.gradients,
+        lends=lends,
+        compact=not call.shift,
     )

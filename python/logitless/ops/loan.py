@@ -26,7 +26,6 @@ __all__ = ["NOTHING", "Loan", "offer"]
 # `lends` of `_core.cuda_plan`; otherwise the bytes of an element of d_weight, 0 without one.
 NOTHING = -1
 
-_FAST = -2
 _WEIGHT = 2  # of Call.gradients
 
 _hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -62,8 +61,9 @@ def offer(call: Call, weight: torch.Tensor) -> Loan | None:
         not weight.is_cuda
         or not call.gradients & _WEIGHT
         or call.dtype is not torch.bfloat16
-        or call.memory in (_FAST, 0)
+        or call.memory == 0
         or call.positions
+        or (call.softcap and "entropy" in call.core)
     ):
         return None
     running = _running.get(weight.device.index)

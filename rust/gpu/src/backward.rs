@@ -7,13 +7,14 @@
 //! gradient until then, where that has room.
 
 use std::mem::offset_of;
+use std::ops::Range;
 
 use logitless_core::{DType, Gradients, Problem, Spec, Tensor};
 
 use crate::blocks;
-use crate::call::{Call, check_gradients, matrix, row_view, value, vector};
+use crate::call::{Call, check_gradients, row_view, value, vector};
 use crate::error::Result;
-use crate::forward::{check_store, check_workspace, logits};
+use crate::forward::{check_store, check_workspace};
 use crate::frozen;
 use crate::launch::{Stream, suffix};
 use crate::layout::{Arena, BackwardLayout, Geometry, StoreLayout, padded, pitch};
@@ -22,8 +23,7 @@ use crate::plan::{Path, Plan};
 use crate::product::{
     Matrix, Operands, Operation, PlainEpilogue, choose, choose_sliced, plain, tensor_cores,
 };
-use crate::share::Lends;
-use crate::stored::{Exponentials, Stored, check_lent, gradient_tile, kept};
+use crate::stored::{Exponentials, Stored, check_lent, kept};
 
 /// Turns cotangents of the outputs into gradients of the wanted operands.
 ///
@@ -97,7 +97,6 @@ pub unsafe fn backward(
         .as_ref()
         .filter(|_| g.may_borrow() && !gradients.accumulate_input)
         .and_then(|d_input| lend(&call, d_input));
-    let partly = g.share.classes() > 0;
     // A gradient of the input that the plan counts on but is not asked for leaves its sums' memory free.
     let borrow =
         lent.is_some() || (g.share.overwrites() && g.may_borrow() && gradients.input.is_none());
@@ -108,18 +107,13 @@ pub unsafe fn backward(
     }
     let mut arena = Arena::at(workspace.address());
     let mut layout = BackwardLayout::lay(&mut arena, &g, width, borrow);
-    let mut pieces = Vec::new();
-    let mut store_reference = 0;
-    let mut list = call.live_rows(layout.list);
-    if partly {
+    let (mut pieces, mut store_reference) = (Vec::new(), 0);
+    if g.share.classes() > 0 {
         let lender = check_lent(lender, &call, &g)?;
-        let at = StoreLayout::lay(&mut Arena::at(check_store(store, plan)?), &g);
-        (pieces, store_reference) = (kept(&call, &g, &at, lender), at.reference);
-        // Exponentials were kept of the forward's rows.
-        list =
-            if call.targets().has_ignore != 0 { call.live_rows(at.list) } else { call.all_rows() };
+        let store = StoreLayout::lay(&mut Arena::at(check_store(store, plan)?), &g);
+        (pieces, store_reference) = (kept(&call, &g, &store, lender), store.reference);
         if g.share.overwrites() {
-            layout.dx = at.x;
+            layout.dx = store.x;
         }
     }
     let scalars = |field: usize| layout.scalars + field;
@@ -127,13 +121,13 @@ pub unsafe fn backward(
     let run = Backward {
         saved: fields,
         grad,
-        list,
+        list: call.live_rows(layout.list),
         packed: lent.unwrap_or_else(|| {
             let address = layout.packed.unwrap_or(layout.sums);
             Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
         }),
         packed_rows: if lent.is_some() { call.rows } else { padded(call.rows) },
-        pieces,
+        pieces: &pieces,
         store_reference,
         sums: Matrix::packed(layout.sums, call.acc, call.features, pitch(call.features, call.acc)),
         alpha: scalars(if double {
@@ -158,20 +152,21 @@ fn lend(call: &Call, d_input: &Tensor) -> Option<Matrix> {
     (d_input.is_contiguous() && lent.describable()).then_some(lent)
 }
 
-struct Backward<'a> {
-    call: &'a Call<'a>,
-    layout: &'a BackwardLayout,
-    gradients: &'a Gradients,
+#[derive(Clone, Copy)]
+pub(crate) struct Backward<'a> {
+    pub call: &'a Call<'a>,
+    pub layout: &'a BackwardLayout,
+    pub gradients: &'a Gradients,
     accumulate_weight: bool,
-    width: usize,
-    saved: Fields,
-    grad: Fields,
-    list: RowList,
-    packed: Matrix,
+    pub width: usize,
+    pub saved: Fields,
+    pub grad: Fields,
+    pub list: RowList,
+    pub packed: Matrix,
     packed_rows: usize,
     /// Classes whose exponentials were kept: the first ones; and what the exponentials are relative to.
-    pieces: Vec<Exponentials>,
-    store_reference: usize,
+    pieces: &'a [Exponentials],
+    pub store_reference: usize,
     sums: Matrix,
     /// Device scalars: largest cotangent times the logit scale, in accumulators; largest cotangent, in double.
     alpha: usize,
@@ -189,37 +184,65 @@ impl Backward<'_> {
             self.select()?;
             call.gather(self.list, self.packed, self.packed_rows)?;
             let bias = call.widen_bias(self.layout.bias)?;
-            let fused = call.plan.path != Path::Tiled && gradients.dense.is_none();
-            if fused {
+            if self.fused() {
                 self.coefficients()?;
             }
-            for piece in &self.pieces {
+            let made = self.pieces.iter().map(|piece| piece.count).sum();
+            if made > 0 {
+                // Which of the two does anything is known to the device alone.
+                self.among(self.layout.kept).stored_chunks()?;
+                let again = Backward { pieces: &[], ..self.among(self.layout.again) };
+                again.chunks(0..made, bias)?;
+            }
+            self.chunks(made..call.classes, bias)?;
+            self.scale_gradient()?;
+            self.scatter()
+        }
+    }
+
+    /// The same over as many rows as the device says at `count`; none at all if that is negative.
+    fn among(&self, count: usize) -> Self {
+        Backward { list: RowList { count, ..self.list }, ..*self }
+    }
+
+    /// Whether gradients of the logits come from a product's epilogue.
+    fn fused(&self) -> bool {
+        self.call.plan.path != Path::Tiled && self.gradients.dense.is_none()
+    }
+
+    /// Classes whose exponentials were kept.
+    unsafe fn stored_chunks(&self) -> Result<()> {
+        for piece in self.pieces {
+            let weight = self.call.weight.rows_from(piece.first);
+            // SAFETY: operands checked, buffers of the layouts.
+            unsafe {
                 let tile = self.stored_tile(piece)?;
-                let weight = call.weight.rows_from(piece.first);
                 self.products(tile, weight, piece.first, piece.count)?;
             }
-            let made: usize = self.pieces.iter().map(|piece| piece.count).sum();
-            for first in (made..call.classes).step_by(self.width.max(1)) {
-                let count = self.width.min(call.classes - first);
-                let copy = self.layout.copy.map(|address| {
-                    Matrix::packed(
-                        address,
-                        call.dtype,
-                        call.features,
-                        pitch(call.features, call.dtype),
-                    )
-                });
+        }
+        Ok(())
+    }
+
+    /// Classes whose logits are made again.
+    unsafe fn chunks(&self, classes: Range<usize>, bias: usize) -> Result<()> {
+        let call = self.call;
+        let copy = self.layout.copy.map(|address| {
+            Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
+        });
+        for first in classes.clone().step_by(self.width.max(1)) {
+            let count = self.width.min(classes.end - first);
+            // SAFETY: operands checked, buffers of the layout.
+            unsafe {
                 let weight = call.weight_rows(first, count, copy)?;
-                if fused {
+                if self.fused() {
                     self.fused_tile(weight, bias, first, count)?;
                 } else {
                     self.tiled_tile(weight, bias, first, count)?;
                 }
                 self.products(self.dx(), weight, first, count)?;
             }
-            self.scale_gradient()?;
-            self.scatter()
         }
+        Ok(())
     }
 
     /// What the gradients take from a tile of logit gradients.
@@ -245,25 +268,11 @@ impl Backward<'_> {
         Ok(())
     }
 
-    /// The gradient tile of kept classes: in place where the exponentials may go.
-    unsafe fn stored_tile(&self, piece: &Exponentials) -> Result<Matrix> {
-        let tile = match self.call.plan.share.lends {
-            Lends::Nothing => self.dx(),
-            _ => piece.x,
-        };
-        let params = params::StoredTile {
-            coef: self.layout.coef,
-            rest: self.layout.reference,
-            reference: self.store_reference,
-            target: self.layout.target,
-            logits: self.saved.target,
-            shift: flush_shift(self.call.classes),
-            softcap: self.call.problem.softcap as f32,
-            ..params::StoredTile::default()
-        };
-        // SAFETY: buffers of the layouts.
-        unsafe { gradient_tile(self.call, self.list, piece, tile, params)? };
-        Ok(tile)
+    /// Share of live rows from which on kept exponentials of all rows cost less than the live rows'
+    /// made again: two products of three are for all classes, the third for those that were not kept.
+    fn least(&self) -> f64 {
+        let kept: usize = self.pieces.iter().map(|piece| piece.count).sum();
+        1.0 - kept as f64 / (3 * self.call.classes.max(1)) as f64
     }
 
     /// Lists the live rows and makes the scalars.
@@ -287,16 +296,18 @@ impl Backward<'_> {
             targets: call.targets(),
             live: layout.live,
             block_max: if normalise { layout.block_max } else { 0 },
-            // Rows of which something was kept are listed already.
-            rows: if self.pieces.is_empty() { self.list.rows } else { 0 },
-            slots: if self.pieces.is_empty() { self.list.slots } else { 0 },
-            count: if self.pieces.is_empty() { self.list.count } else { 0 },
+            rows: self.list.rows,
+            slots: self.list.slots,
+            count: self.list.count,
             scalars: layout.scalars,
             total: call.rows as i64,
             blocks: if normalise { blocks as i64 } else { 0 },
             scale: call.problem.logit_scale,
             scale_at: call.scale_at,
             is_double: i64::from(call.acc == DType::F64),
+            kept: if self.pieces.is_empty() { 0 } else { layout.kept },
+            again: layout.again,
+            least: self.least(),
         };
         // SAFETY: buffers of the layout.
         unsafe {
@@ -323,117 +334,6 @@ impl Backward<'_> {
         };
         // SAFETY: buffers of the layout.
         unsafe { call.stream.launch("row_coefficients", (rows.div_ceil(256), 1), 256, 0, &params) }
-    }
-
-    /// Whether the fused tile comes with its sums in float.
-    fn unrounded(&self) -> bool {
-        self.call.plan.unrounded
-    }
-
-    /// The tile of logit gradients.
-    fn dx(&self) -> Matrix {
-        Matrix::packed(self.layout.dx, self.call.dtype, self.width, self.width)
-    }
-
-    unsafe fn fused_tile(
-        &self,
-        weight: Matrix,
-        bias: usize,
-        first: usize,
-        count: usize,
-    ) -> Result<()> {
-        let call = self.call;
-        let g = &self.grad;
-        // Cross entropy needs a and e alone.
-        let others = [g.entropy, g.sum, g.sum_sq, g.mean, g.variance];
-        let operation = if self.unrounded() {
-            Operation::GradientSums
-        } else if others.iter().all(|&field| field == 0) {
-            Operation::GradientCe
-        } else {
-            Operation::Gradient
-        };
-        let facts = &call.stream.device.facts;
-        let mapped = call.mapped() || self.unrounded();
-        let choice = choose(facts, operation, call.dtype, mapped, call.rows, count)
-            .expect("the plan found it");
-        let wanted = |gradient: bool, buffer| if gradient { buffer } else { 0 };
-        let epilogue = params::Gemm {
-            columns: wanted(self.gradients.bias.is_some(), self.layout.columns),
-            dots: wanted(self.gradients.scale.is_some(), self.layout.block_dots),
-            count: self.list.count,
-            reference: self.layout.reference,
-            target: self.layout.target,
-            coef: self.layout.coef,
-            bias: if bias == 0 { 0 } else { bias + 4 * first },
-            m: call.rows as i32,
-            n: count as i32,
-            k: call.features as i32,
-            ld_row: padded(call.rows) as i32,
-            col0: first as i32,
-            scale: call.problem.logit_scale as f32,
-            scale_at: call.scale_at,
-            softcap: call.problem.softcap as f32,
-            shift: flush_shift(call.classes),
-            ..params::Gemm::default()
-        };
-        let operands = Operands { a: self.packed, b: weight, d: Some(self.dx()) };
-        // SAFETY: operands checked, buffers of the layout.
-        unsafe { tensor_cores(call.stream, operation, &choice, &operands, epilogue)? };
-        if self.grad.max == 0 {
-            return Ok(());
-        }
-        let params = params::AddMaximum {
-            saved: self.saved,
-            grad: self.grad,
-            list: self.list,
-            tile: self.dx().any(),
-            scalars: self.layout.scalars,
-            softcap: call.problem.softcap,
-            column0: first as i64,
-            width: count as i64,
-        };
-        // SAFETY: as above.
-        unsafe { call.stream.launch("add_maximum", (call.rows.div_ceil(256), 1), 256, 0, &params) }
-    }
-
-    unsafe fn tiled_tile(
-        &self,
-        weight: Matrix,
-        bias: usize,
-        first: usize,
-        count: usize,
-    ) -> Result<()> {
-        let call = self.call;
-        let z = Matrix::packed(self.layout.z, call.acc, self.width, self.width);
-        let params = params::Tile {
-            saved: self.saved,
-            grad: self.grad,
-            list: self.list,
-            z: z.address,
-            dx: self.layout.dx,
-            z_pitch: self.width as i64,
-            dx_pitch: self.width as i64,
-            d_dense: self.gradients.dense.as_ref().map_or_else(params::AnyMatrix::default, matrix),
-            scalars: self.layout.scalars,
-            column0: first as i64,
-            width: count as i32,
-            padded: padded(call.rows) as i32,
-            keep: i32::from(self.keeps()),
-            ..call.tile_params()
-        };
-        let name = format!("tile_gradient_{}", suffix(call.dtype));
-        // SAFETY: operands checked, buffers of the layout.
-        unsafe {
-            logits(call, self.list, self.packed, weight, z, bias, (first, count))?;
-            call.stream.launch(&name, (padded(call.rows), 1), 256, 0, &params)
-        }
-    }
-
-    /// Whether gradients on the tiled path stay in the logits' memory, in accumulators.
-    fn keeps(&self) -> bool {
-        let call = self.call;
-        call.plan.path == Path::Tiled && call.dtype != call.acc && self.gradients.bias.is_some()
     }
 
     unsafe fn bias_gradient(&self, tile: Matrix, first: usize, count: usize) -> Result<()> {
@@ -644,10 +544,4 @@ impl Backward<'_> {
         // SAFETY: operands checked, buffers of the layout; what the gradient lent has been read.
         unsafe { call.stream.launch(&name, (params.blocks(), 1), 256, 0, &params) }
     }
-}
-
-/// Shares below 2^(shift - 126) become exact zeros, which the products' power budget repays (measured:
-/// 2 to 7% of a backward). A row drops less than 2^-10 of its probability in all.
-fn flush_shift(classes: usize) -> f32 {
-    (116 - classes.next_power_of_two().trailing_zeros() as i32) as f32
 }

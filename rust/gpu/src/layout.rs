@@ -120,6 +120,11 @@ impl Geometry {
             && pitch(self.features, self.dtype) == self.features
     }
 
+    /// Whether the fused path makes the entropy.
+    pub fn entropy(&self) -> bool {
+        self.path == Path::Fused { planes: 3 }
+    }
+
     /// Bytes of the weight's gradient, where it lends them.
     pub fn lender_bytes(&self) -> usize {
         match self.share.lends {
@@ -207,6 +212,9 @@ pub(crate) struct BackwardLayout {
     pub live: usize,
     pub block_max: usize,
     pub scalars: usize,
+    /// Counts of rows where kept exponentials serve, and where they do not.
+    pub kept: usize,
+    pub again: usize,
     pub coef: usize,
     pub target: usize,
     pub reference: usize,
@@ -233,6 +241,7 @@ impl BackwardLayout {
         let live = arena.take("rows", g.rows);
         let block_max = arena.take("rows", 4 * g.rows.div_ceil(256));
         let scalars = arena.take("rows", 16);
+        let (kept, again) = (arena.take("rows", 4), arena.take("rows", 4));
         let coef = arena.take("coefficients", 5 * 4 * rows);
         let target = arena.take("coefficients", 4 * rows);
         let reference = arena.take("coefficients", 4 * rows);
@@ -266,6 +275,8 @@ impl BackwardLayout {
             live,
             block_max,
             scalars,
+            kept,
+            again,
             coef,
             target,
             reference,
@@ -345,23 +356,27 @@ pub(crate) struct StoredForwardLayout {
     pub gate: usize,
     /// The target's logits, where they are not an output.
     pub logits: usize,
-    /// `rest` over the kept classes, where that is not all of it.
+    /// `rest` over the kept classes, where that is not all of it; and the entropy.
     pub rest: usize,
+    pub entropy: usize,
 }
 
 impl StoredForwardLayout {
     pub fn lay(arena: &mut Arena, g: &Geometry) -> StoredForwardLayout {
         let (rows, blocks) = (padded(g.rows), g.rows.div_ceil(256));
         let partly = g.share.classes() > 0;
+        let planes = if g.entropy() { 3 } else { 2 };
         StoredForwardLayout {
             packed: arena.take("packed input", g.packed_bytes()),
             bias: arena.take("bias", 4 * g.classes),
-            // One plane of sums; a repair and the classes that are not kept need two, of maxima and sums.
-            part: arena.take("partials", 2 * 4 * StoredForwardLayout::tiles(g) * rows),
+            // One plane of sums; a repair and the classes that are not kept need two, of maxima and sums;
+            // the entropy one more.
+            part: arena.take("partials", planes * 4 * StoredForwardLayout::tiles(g) * rows),
             flags: arena.take("repair", 4 * blocks),
             gate: arena.take("repair", 4 * (blocks + 1)),
             logits: arena.take("targets", 4 * rows),
             rest: arena.take("targets", if partly { 4 * g.rows } else { 0 }),
+            entropy: arena.take("targets", if partly && g.entropy() { 4 * g.rows } else { 0 }),
         }
     }
 

@@ -7,15 +7,16 @@
 //!
 //! # Map
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
-//! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit, `choice` its kernel ·
-//! `plan` sizes, `layout` buffers · `forward`, `backward`, `stored`, `frozen` the compositions, `blocks` of rows where
-//! there are many · `loss` what a cross entropy makes of them · `info` what there is.
+//! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit,
+//! `choice` its kernel · `plan`, `share`, `partly` sizes, `layout` buffers · `forward`, `backward`,
+//! `tiles`, `stored`, `frozen` the compositions, `blocks` of rows where there are many · `loss` what a
+//! cross entropy makes of them · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
 //! *Tiled*: E Wᵀ writes a tile of logits, which row kernels fold or turn into gradients; it serves
 //! what the epilogues do not (several targets, powers, class vectors, dense targets, top-k, double).
-//! *Stored* is fused with the exponentials kept from forward to backward: three products, not four.
+//! *Stored* is fused with exponentials kept from forward to backward: three products, not four.
 //! *Frozen*: only the input's gradient is wanted, and the forward makes it but for factors: two.
 
 mod backward;
@@ -32,10 +33,12 @@ mod launch;
 mod layout;
 mod loss;
 mod params;
+mod partly;
 mod plan;
 mod product;
 mod share;
 mod stored;
+mod tiles;
 
 pub use backward::backward;
 pub use error::{Error, Result};

@@ -167,8 +167,11 @@ pub struct Select {
     pub scale: f64,
     pub scale_at: usize,
     pub is_double: i64,
+    pub kept: usize,
+    pub again: usize,
+    pub least: f64,
 }
-const _: () = assert!(size_of::<Select>() == 120);
+const _: () = assert!(size_of::<Select>() == 144);
 
 /// `gather_rows_*`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -434,8 +437,10 @@ pub struct MergeRest {
     pub list: RowList,
     pub kept: usize,
     pub rest: usize,
+    pub kept_entropy: usize,
+    pub entropy: usize,
 }
-const _: () = assert!(size_of::<MergeRest>() == 48);
+const _: () = assert!(size_of::<MergeRest>() == 64);
 
 /// `stored_gradient_bf16`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -456,7 +461,7 @@ pub struct StoredTile {
     pub width: i32,
     pub shift: f32,
     pub softcap: f32,
-    pub reserved: i32,
+    pub moments: i32,
 }
 const _: () = assert!(size_of::<StoredTile>() == 128);
 

@@ -14,8 +14,9 @@ use crate::layout::{
     StoredForwardLayout, padded,
 };
 use crate::params::MAX_POWERS;
+use crate::partly::partly_stored;
 use crate::product::{Matrix, Operation, choose, choose_sliced, exists, slices};
-use crate::share::{LAUNCH, Lends, Outputs, Prices, Share};
+use crate::share::{LAUNCH, Outputs, Share};
 
 /// Where statistics are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -209,7 +210,8 @@ pub(crate) fn plan_for(
             Memory::Fast => usize::MAX,
             Memory::Bytes(bytes) => bytes,
         };
-        if arena.used <= allowed {
+        // An entropy's gradient is not a factor a row: it takes a pass over chunks, all of them or some.
+        if arena.used <= allowed && !g.entropy() {
             return Ok(stored_plan(plan, &g, arena));
         }
     }
@@ -236,17 +238,18 @@ pub(crate) fn plan_for(
     Ok(plan)
 }
 
-/// Whether a backward can be made of stored exponentials: cross entropy in bf16 (f16 overflows at
-/// e^11), its weight's gradient wanted and writable in place, and nothing that needs the logits.
+/// Whether a backward can be made of stored exponentials: cross entropy and entropy in bf16 (f16
+/// overflows at e^11), the weight's gradient wanted and writable in place, and nothing that needs the
+/// logits.
 fn may_store(g: &Geometry, spec: &Spec, facts: &Facts) -> bool {
-    g.path == Path::Fused { planes: 2 }
+    (g.path == Path::Fused { planes: 2 } || g.entropy())
         && g.dtype == DType::Bf16
         && spec.targets() == 1
         && spec.statistics().any(|name| name == "rest")
         && g.wants(wanted::WEIGHT)
         && !g.wants(wanted::SCALE)
         && g.weight_rows_fit()
-        && [Operation::StoreExp, Operation::Repair, Operation::De]
+        && [Operation::StoreExp, Operation::StoreMoment, Operation::Repair, Operation::De]
             .iter()
             .all(|&operation| exists(facts, operation, g.dtype))
 }
@@ -264,87 +267,6 @@ fn stored_plan(mut plan: Plan, g: &Geometry, store: Arena) -> Plan {
     plan.mode = "stored";
     plan.stored = true;
     plan
-}
-
-/// The plan that keeps some of the classes, if that pays within `memory`.
-fn partly_stored(
-    plan: &Plan,
-    g: &Geometry,
-    spec: &Spec,
-    memory: Memory,
-    facts: &Facts,
-    lends: Lends,
-) -> Option<Plan> {
-    // Exponentials in 16 bits would show in sums that cancel: only who asks for them gets them.
-    if memory == Memory::Lean && g.unrounded {
-        return None;
-    }
-    let allowed = if let Memory::Bytes(bytes) = memory { bytes } else { 0 };
-    let lists = {
-        // Rows, targets and references, without any exponential.
-        let mut arena = Arena::at(0);
-        StoreLayout::lay_lists(&mut arena, g);
-        arena.used
-    };
-    if lends == Lends::Nothing && allowed <= lists {
-        return None;
-    }
-    let lean = lean_budget(g);
-    let width = backward_width(g, lean.saturating_sub(lists), facts);
-    let column = padded(g.rows) * g.dtype.size();
-    let prices = Prices::new(g, facts, width);
-    // The store takes the place of the gradient tiles, or all that it may.
-    let mut room = match lends {
-        Lends::Nothing => allowed - lists,
-        _ => {
-            let mut others = Arena::at(0);
-            BackwardLayout::lay(&mut others, g, 0, g.may_borrow());
-            lean.saturating_sub(lists + others.used).max(allowed.saturating_sub(lists))
-        }
-    };
-    let lent = match lends {
-        Lends::Weight(element) => prices.lent(g.features * element),
-        _ => Default::default(),
-    };
-    while room > 0 {
-        // The other classes' tiles take the place of the store, if the backward may overwrite it.
-        let own = prices.own(lent.classes, room);
-        let left = g.classes - lent.classes - own.classes;
-        let mut chunk = width.min(left.next_multiple_of(64));
-        let mut tile = 0;
-        if lends != Lends::Nothing {
-            chunk = chunk.min(room / column / 64 * 64);
-            tile = chunk;
-        }
-        let share = Share { lent, own, tile, lends };
-        if share.classes() == 0 || (left > 0 && chunk == 0) {
-            return None;
-        }
-        let mut plan = Plan { share, mode: "partly stored", ..plan.clone() };
-        let g = Geometry::new(spec, &plan, facts);
-        let (mut store, mut forward, mut backward) = (Arena::at(0), Arena::at(0), Arena::at(0));
-        StoreLayout::lay(&mut store, &g);
-        StoredForwardLayout::lay(&mut forward, &g);
-        BackwardLayout::lay(&mut backward, &g, chunk, g.may_borrow());
-        // The forward may use what the gradient of the input will take.
-        let lender = g.rows * g.features * if g.wants(wanted::INPUT) { g.dtype.size() } else { 0 };
-        let excess = (store.used + forward.used).saturating_sub(lean.max(allowed + lists) + lender);
-        if excess > 0 && lends != Lends::Nothing {
-            room = room.saturating_sub(excess.next_multiple_of(64 * column));
-            continue;
-        }
-        (plan.store_bytes, plan.forward_bytes, plan.backward_bytes) =
-            (store.used, forward.used, backward.used);
-        plan.parts = store.parts;
-        plan.parts.extend(if forward.used > backward.used {
-            forward.parts
-        } else {
-            backward.parts
-        });
-        plan.chunks = (g.classes, chunk);
-        return Some(plan);
-    }
-    None
 }
 
 /// Bytes of a tile of logits on the tiled path.
@@ -371,7 +293,7 @@ fn path(spec: &Spec, dtype: DType, facts: &Facts, rows: usize, classes: usize) -
 }
 
 /// Lean's promise: a quarter of the gradients beside them, or 256 MiB.
-fn lean_budget(g: &Geometry) -> usize {
+pub(crate) fn lean_budget(g: &Geometry) -> usize {
     let gradient = |bit, bytes: usize| if g.gradients & bit != 0 { bytes } else { 0 };
     let gradients = gradient(wanted::INPUT, g.rows * g.features * g.dtype.size())
         + gradient(wanted::WEIGHT, g.classes * g.features * g.dtype.size());
@@ -476,63 +398,6 @@ mod tests {
         )
         .unwrap();
         assert!(!tiny.stored);
-    }
-
-    #[test]
-    fn lean_keeps_what_the_gradients_lend() {
-        if !exists(&h200(), Operation::StoreExp, DType::Bf16) {
-            return;
-        }
-        let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
-        for (rows, features, classes, least) in [
-            (8192, 4096, 128_256, 0.50),
-            (8192, 2304, 256_000, 0.29),
-            (8192, 3584, 152_064, 0.43),
-            (8192, 1024, 65_536, 0.25),
-            (8192, 768, 50_257, 0.2),
-            (2048, 4096, 128_256, 0.80),
-            (1000, 1024, 65_537, 0.5),
-        ] {
-            for element in [2, 4] {
-                let lends = Lends::Weight(element);
-                let plan = plan_for(
-                    &spec,
-                    rows,
-                    features,
-                    classes,
-                    DType::Bf16,
-                    Memory::Lean,
-                    3,
-                    true,
-                    &h200(),
-                    Outputs { lends, compact: true },
-                );
-                let plan = plan.unwrap();
-                assert_eq!(plan.mode, "partly stored");
-                assert!(plan.share.classes() as f64 >= least * classes as f64, "{plan:?}");
-                let gradients = 2 * features * (rows + classes);
-                let budget = (gradients / 4).max(256 << 20);
-                assert!(plan.store_bytes + plan.backward_bytes <= budget, "{plan:?}");
-                // The input's gradient does not exist yet.
-                let forward = plan.store_bytes + plan.forward_bytes;
-                assert!(forward <= budget + 2 * features * rows, "{plan:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn bytes_buy_a_share_of_the_classes() {
-        if !exists(&h200(), Operation::StoreExp, DType::Bf16) {
-            return;
-        }
-        let whole = make(&["rest", "target"], 1, Memory::Fast, 3).store_bytes;
-        for percent in [20, 50, 90] {
-            let plan = make(&["rest", "target"], 1, Memory::Bytes(whole / 100 * percent), 3);
-            let share = plan.share.classes() as f64 / 128_256.0;
-            assert!(plan.store_bytes <= whole / 100 * percent);
-            assert!((share - percent as f64 / 100.0).abs() < 0.01, "{plan:?}");
-        }
-        assert!(make(&["rest", "target"], 1, Memory::Bytes(whole), 3).stored);
     }
 
     #[test]

@@ -76,6 +76,8 @@ pub(crate) enum Operation {
     Repair,
     /// Exponentials against a fixed reference, and their sums.
     StoreExp,
+    /// The same, and their first moment.
+    StoreMoment,
     /// Gradient of the logits of a cross entropy.
     GradientCe,
     /// Gradient of the logits of every fused statistic.
@@ -98,12 +100,13 @@ pub(crate) enum Operation {
 const _: () = assert!(Operation::ALL.len() == Operation::DeF32 as usize + 1);
 
 impl Operation {
-    pub const ALL: [Operation; 13] = [
+    pub const ALL: [Operation; 14] = [
         Operation::OnlineRest,
         Operation::Online,
         Operation::Statistics,
         Operation::Repair,
         Operation::StoreExp,
+        Operation::StoreMoment,
         Operation::GradientCe,
         Operation::Gradient,
         Operation::GradientSums,
@@ -121,6 +124,7 @@ impl Operation {
             Operation::Statistics => "statistics",
             Operation::Repair => "repair",
             Operation::StoreExp => "store_exp",
+            Operation::StoreMoment => "store_moment",
             Operation::GradientCe => "gradient_ce",
             Operation::Gradient => "gradient",
             Operation::GradientSums => "gradient_sums",

@@ -32,8 +32,8 @@ const SIZE: usize = 2;
 /// Most chunks that the weight's gradient is asked to lend: beyond, their launches cost what they save.
 const MOST_CHUNKS: usize = 16;
 
-/// Widest chunk of the store.
-const WIDEST: usize = 33_792;
+/// Widest chunk of a store that is overwritten.
+pub(crate) const WIDEST: usize = 33_792;
 
 /// What a forward may count on from its backward.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -226,17 +226,17 @@ impl Prices<'_> {
         })
     }
 
-    /// Chunks behind `first` in `bytes` of memory of their own, or none.
-    pub fn own(&self, first: usize, bytes: usize) -> Strip {
+    /// Chunks of at most `most` classes behind `first`, in `bytes` of memory of their own; or none.
+    pub fn own(&self, first: usize, most: usize, bytes: usize) -> Strip {
         let left = self.g.classes - first;
         let room = bytes / (padded(self.g.rows) * SIZE) / 64 * 64;
-        let chunks = room.min(left).div_ceil(WIDEST);
+        let chunks = room.min(left).div_ceil(most.max(64));
         let none = Strip { first, ..Strip::default() };
         if chunks == 0 {
             return none;
         }
         let all = left.div_ceil(chunks).next_multiple_of(64);
-        if chunks * all <= room {
+        if chunks * all <= room && all <= most {
             let pays = self.saving(left / chunks) > 0.0;
             return if pays { Strip { first, classes: left, width: all } } else { none };
         }

@@ -19,6 +19,7 @@ use crate::layout::{
     Arena, Geometry, StoreLayout, StoredBackwardLayout, StoredForwardLayout, padded, pitch,
 };
 use crate::params::{self, Fields, RowList};
+use crate::plan::partials;
 use crate::product::{Choice, Matrix, Operands, Operation, choose, choose_sliced, tensor_cores};
 use crate::share::{Lends, Piece, Place};
 
@@ -26,8 +27,8 @@ use crate::share::{Lends, Piece, Place};
 const F32: usize = 4;
 
 fn kernel(call: &Call, operation: Operation, m: usize, n: usize) -> Choice {
-    let forward = [Operation::StoreExp, Operation::Repair, Operation::OnlineRest];
-    let mapped = call.mapped() && forward.contains(&operation);
+    let mapped =
+        call.mapped() && !matches!(operation, Operation::Dw | Operation::DwF32 | Operation::De);
     choose(&call.stream.device.facts, operation, call.dtype, mapped, m, n)
         .expect("the plan found it")
 }
@@ -106,6 +107,10 @@ pub(crate) unsafe fn forward(
 ) -> Result<()> {
     let store = StoreLayout::lay(&mut Arena::at(store), g);
     let layout = StoredForwardLayout::lay(&mut Arena::at(workspace), g);
+    if call.problem.softcap > 0.0 && g.entropy() {
+        let expected = "0 where exponentials are kept of an entropy: make the plan with memory=0";
+        return Err(value("softcap", call.problem.softcap.to_string(), expected.into()));
+    }
     // SAFETY: all of it: operands checked, buffers of the layouts.
     unsafe {
         let (list, input) = select(call, store.list, layout.packed)?;
@@ -118,8 +123,13 @@ pub(crate) unsafe fn forward(
         let pieces = kept(call, g, &store, lent);
         let run = Forward { call, g, store: &store, layout: &layout, list, input, bias };
         let left = call.classes - pieces.iter().map(|piece| piece.count).sum::<usize>();
-        run.keep(&pieces, if left > 0 { layout.rest } else { out.rest })?;
-        if left > 0 { run.others(left, out.rest) } else { Ok(()) }
+        let out = Fields { rest: out.rest, entropy: out.entropy, ..Fields::default() };
+        if left == 0 {
+            return run.keep(&pieces, out);
+        }
+        let entropy = if g.entropy() { layout.entropy } else { 0 };
+        run.keep(&pieces, Fields { rest: layout.rest, entropy, ..Fields::default() })?;
+        run.others(left, out)
     }
 }
 
@@ -156,10 +166,10 @@ impl Forward<'_> {
         }
     }
 
-    fn finish(&self, rest: usize, tiles: usize, classes: usize) -> params::Finish {
+    fn finish(&self, out: Fields, tiles: usize, classes: usize) -> params::Finish {
         let ld_row = padded(self.call.rows);
         params::Finish {
-            out: Fields { rest, ..Fields::default() },
+            out,
             list: self.list,
             part: self.layout.part,
             reference: self.store.reference,
@@ -175,13 +185,18 @@ impl Forward<'_> {
         }
     }
 
-    /// The exponentials of the kept classes, and the logarithm of their sum to `rest`.
-    unsafe fn keep(&self, pieces: &[Exponentials], rest: usize) -> Result<()> {
+    /// The exponentials of the kept classes, and what their sums say of them to `out`.
+    unsafe fn keep(&self, pieces: &[Exponentials], out: Fields) -> Result<()> {
         let (call, layout, list) = (self.call, self.layout, self.list);
         let (rows, blocks) = (call.rows, call.rows.div_ceil(256));
         let columns = self.g.part_columns;
         let classes: usize = pieces.iter().map(|piece| piece.count).sum();
         let tiles: usize = pieces.iter().map(|piece| piece.count.div_ceil(columns)).sum();
+        let (operation, finish) = if self.g.entropy() {
+            (Operation::StoreMoment, "finish_fixed_moment")
+        } else {
+            (Operation::StoreExp, "finish_fixed")
+        };
         let store = |gate: usize| {
             let mut tile = 0;
             for piece in pieces {
@@ -189,11 +204,9 @@ impl Forward<'_> {
                     params::Gemm { gate, ..self.product(piece.first, piece.count, tile, tiles) };
                 let weight = call.weight.rows_from(piece.first);
                 let operands = Operands { a: self.input, b: weight, d: Some(piece.x) };
-                let choice = kernel(call, Operation::StoreExp, rows, piece.count);
+                let choice = kernel(call, operation, rows, piece.count);
                 // SAFETY: as for the caller.
-                unsafe {
-                    tensor_cores(call.stream, Operation::StoreExp, &choice, &operands, product)?;
-                }
+                unsafe { tensor_cores(call.stream, operation, &choice, &operands, product)? };
                 tile += piece.count.div_ceil(columns);
             }
             Ok::<(), crate::Error>(())
@@ -202,8 +215,8 @@ impl Forward<'_> {
         unsafe {
             call.stream.zero(layout.flags, F32 * blocks)?;
             store(0)?;
-            let finish = self.finish(rest, tiles, classes);
-            call.stream.launch("finish_fixed", (rows.div_ceil(32), 1), 512, 0, &finish)?;
+            let sums = self.finish(out, tiles, classes);
+            call.stream.launch(finish, (rows.div_ceil(32), 1), 512, 0, &sums)?;
 
             let gate =
                 params::Gate { flags: layout.flags, gate: layout.gate, blocks: blocks as i64 };
@@ -213,63 +226,51 @@ impl Forward<'_> {
             let repair = kernel(call, Operation::Repair, rows, classes);
             let operands = Operands { a: self.input, b: call.weight, d: None };
             tensor_cores(call.stream, Operation::Repair, &repair, &operands, gated)?;
-            let finish = params::Repair {
+            let repaired = params::Repair {
                 list,
                 gate: layout.gate,
                 part: layout.part,
                 reference: self.store.reference,
-                rest,
+                rest: out.rest,
                 part_plane: gated.part_plane,
                 ld_row: gated.ld_row,
                 tiles: tiles as i32,
             };
-            call.stream.launch("finish_repair", (blocks, 1), 256, 0, &finish)?;
+            call.stream.launch("finish_repair", (blocks, 1), 256, 0, &repaired)?;
+            store(layout.gate)?;
+            // Moments about the new references; all other rows come out as before.
+            if self.g.entropy() {
+                call.stream.launch(finish, (rows.div_ceil(32), 1), 512, 0, &sums)?;
+            }
         }
-        store(layout.gate)
+        Ok(())
     }
 
-    /// The rest over the last `left` classes; with that of the kept ones, the whole of it.
-    unsafe fn others(&self, left: usize, rest: usize) -> Result<()> {
+    /// The statistics over the last `left` classes; with those of the kept ones, the whole.
+    unsafe fn others(&self, left: usize, out: Fields) -> Result<()> {
         let (call, rows) = (self.call, self.call.rows);
         let first = call.classes - left;
         let tiles = left.div_ceil(self.g.part_columns);
-        let choice = kernel(call, Operation::OnlineRest, rows, left);
+        let operation = partials(self.g.path);
+        let choice = kernel(call, operation, rows, left);
         let operands = Operands { a: self.input, b: call.weight.rows_from(first), d: None };
-        let merge = params::MergeRest { list: self.list, kept: self.layout.rest, rest };
+        let merge = params::MergeRest {
+            list: self.list,
+            kept: self.layout.rest,
+            rest: out.rest,
+            kept_entropy: self.layout.entropy,
+            entropy: out.entropy,
+        };
         // SAFETY: operands checked, buffers of the layouts.
         unsafe {
             let product = self.product(first, left, 0, tiles);
-            tensor_cores(call.stream, Operation::OnlineRest, &choice, &operands, product)?;
-            let finish = params::Finish { planes: 2, ..self.finish(rest, tiles, left) };
+            tensor_cores(call.stream, operation, &choice, &operands, product)?;
+            let planes = if self.g.entropy() { 3 } else { 2 };
+            let finish = params::Finish { planes, ..self.finish(out, tiles, left) };
             call.stream.launch("finish_online", (rows.div_ceil(32), 1), 512, 0, &finish)?;
             call.stream.launch("merge_rest", (rows.div_ceil(256), 1), 256, 0, &merge)
         }
     }
-}
-
-/// Gradients of the logits of kept classes, from their exponentials: in place, or to another tile.
-pub(crate) unsafe fn gradient_tile(
-    call: &Call,
-    list: RowList,
-    piece: &Exponentials,
-    tile: Matrix,
-    params: params::StoredTile,
-) -> Result<()> {
-    let params = params::StoredTile {
-        list,
-        x: piece.x.address,
-        tile: tile.address,
-        x_pitch: piece.x.row_stride,
-        tile_pitch: tile.row_stride,
-        ld_row: padded(call.rows) as i32,
-        column0: piece.first as i32,
-        width: piece.count as i32,
-        ..params
-    };
-    // A block a row and 8192 classes.
-    let grid = (call.rows, piece.count.div_ceil(8192));
-    // SAFETY: the caller's promise.
-    unsafe { call.stream.launch("stored_gradient_bf16", grid, 256, 0, &params) }
 }
 
 /// A backward from the store.

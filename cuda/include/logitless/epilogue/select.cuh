@@ -7,6 +7,7 @@
 //   online         E, W            -      + moment (entropy)
 //   statistics     E, W            -      + sum, squares, maximum and its class
 //   store_exp      E, W            half   exponentials against the target's logit, and their sums
+//   store_moment   E, W            half   the same, and moments (entropy)
 //   gradient_ce    E, W            half   G from a, e
 //   gradient       E, W            half   G from a, b, c, d, e
 //   gradient_sums  E, W            half   the same, and sums over its rows and columns
@@ -42,7 +43,11 @@ template <class Map, int kPanels>
 struct Operation<OP_STATISTICS, Map, kPanels> : OperationOf<OnlineEpilogue<Map, true, true>, 0, 0> {
 };
 template <class Map, int kPanels>
-struct Operation<OP_STORE_EXP, Map, kPanels> : OperationOf<StoreExpEpilogue<Map, kPanels>, 0, 0> {};
+struct Operation<OP_STORE_EXP, Map, kPanels>
+    : OperationOf<StoreExpEpilogue<Map, false, kPanels>, 0, 0> {};
+template <class Map, int kPanels>
+struct Operation<OP_STORE_MOMENT, Map, kPanels>
+    : OperationOf<StoreExpEpilogue<Map, true, kPanels>, 0, 0> {};
 template <class Map, int kPanels>
 struct Operation<OP_GRADIENT_CE, Map, kPanels>
     : OperationOf<GradientEpilogue<Map, false, kPanels>, 0, 0> {};

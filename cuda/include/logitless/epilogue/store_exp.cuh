@@ -7,6 +7,7 @@
 //   D         X = half(e^t dz/dx), 0 at the target; e^t below 2^(shift - 126) is stored as 0 (the
 //             sums keep it). dz/dx is 1 but under a softcap
 //   plane 0   sum of e^t, per row and class block
+//   plane 1   sum of t e^t (kMoment: the entropy's; without a softcap, whose slope hides t in X)
 // A row that counts for nothing has ref = +inf: every exponential is 0 without a branch. The sum
 // leaves the range of a float where the rest lies about 88 nats above or below the target; whoever
 // folds the blocks sees that, lists the 256-row block (GemmParams.gate) and launches this kernel
@@ -19,7 +20,7 @@
 
 namespace logitless {
 
-template <class Map, int kStorePanels>
+template <class Map, bool kMoment, int kStorePanels>
 struct StoreExpEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = true;
@@ -35,7 +36,7 @@ struct StoreExpEpilogue {
                              -kLog2e * band.scalar(band.p.ref, 1, infinity())};
     const float smallest = band.p.shift > 0.f ? ptx::exp2(band.p.shift - 126.f) : 0.f;
     const float inverse = Map::kCapped && band.p.softcap != 0.f ? 1.f / band.p.softcap : 0.f;
-    float sum[2] = {0.f, 0.f};
+    float sum[2] = {0.f, 0.f}, moment[2] = {0.f, 0.f};
 #pragma unroll
     for (int panel = 0; panel < kColumns / 64; panel++) {
       store.open(band.column + 64 * panel);
@@ -45,9 +46,11 @@ struct StoreExpEpilogue {
 #pragma unroll
         for (int i = 0; i < 8; i++) {
           const int at = 32 * panel + 8 * q + i, half = half_of(at);
-          float e = ptx::exp2(fmaf(acc[at], factor, offset[half]));
+          const float t = fmaf(acc[at], factor, offset[half]);
+          float e = ptx::exp2(t);
           if (kCareful) e = ex.is_rest(at) ? e : 0.f;
           sum[half] += e;
+          if (kMoment) moment[half] = fmaf(e, fmaxf(t, -200.f), moment[half]);
           const float x = Map::kCapped ? e * Map::slope(acc[at], inverse) : e;
           v[i] = e >= smallest ? x : 0.f;
         }
@@ -56,7 +59,10 @@ struct StoreExpEpilogue {
       store.template close<false>();
     }
 #pragma unroll
-    for (int half = 0; half < 2; half++) band.emit(0, half, ptx::quad_sum(sum[half]));
+    for (int half = 0; half < 2; half++) {
+      band.emit(0, half, ptx::quad_sum(sum[half]));
+      if (kMoment) band.emit(1, half, kLn2 * ptx::quad_sum(moment[half]));
+    }
   }
 
   template <int kColumns, class Store>

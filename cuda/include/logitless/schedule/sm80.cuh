@@ -127,6 +127,7 @@ struct Sm80Gemm {
     const int warp_m = warp / kWarpsN, warp_n = warp % kWarpsN;
 
     const int count = p.count ? __ldg(p.count) : -1;
+    if (p.count && count < 0) return;
     const int rows = count >= 0 && !p.count_is_k ? count : p.m;
     const int depth = count >= 0 && p.count_is_k ? count : p.k;
     const Offsets at{A::left_offset(warp_m * kWarpM, lane), B::right_offset(warp_n * kWarpN, lane),

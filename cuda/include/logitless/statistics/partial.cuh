@@ -54,6 +54,33 @@ struct FixedPartial {
   }
 };
 
+// The same with the first moment of the exponents.
+struct FixedMomentPartial {
+  double sum, moment;
+
+  static __device__ __forceinline__ FixedMomentPartial empty() { return {0., 0.}; }
+  static __device__ __forceinline__ FixedMomentPartial load(const FinishParams& p,
+                                                            const float* part, int) {
+    return {__ldg(part), __ldg(part + p.part_plane)};
+  }
+  __device__ __forceinline__ void merge(const FixedMomentPartial& other) {
+    sum += other.sum;
+    moment += other.moment;
+  }
+  __device__ __forceinline__ void finish(const FinishParams& p, i64 row, int slot) const {
+    if (slot < 0) {
+      put(p.out.entropy, row, slot, 0.f);
+      return put(p.out.rest, row, slot, 0.f);
+    }
+    // Nothing but the target: a reference of +inf after a repair.
+    const double log_sum = log(sum), rest = sum == 0. ? log_sum : p.reference[slot] + log_sum;
+    const double entropy = sum == 0. ? 0. : log_sum - moment / sum;
+    put(p.out.rest, row, slot, (float)rest);
+    put(p.out.entropy, row, slot, entropy < 0. ? 0.f : (float)entropy);  // nan stays
+    if (!(fabs(log_sum) < 60.)) p.flags[slot / 256] = 1;
+  }
+};
+
 // Running maxima, moments and the maximum over all classes.
 struct FullPartial {
   Rest<float> rest;
