@@ -436,7 +436,7 @@ def cuda_plan(
     gradients: int,
     contiguous: bool = True,
     device: int = 0,
-    lends: int = -1,
+    lends: int | None = None,
     compact: bool = True,
 ) -> CudaPlan:
     """Size the workspaces of a call on a device; a pure function of its arguments and the device.
@@ -446,8 +446,8 @@ def cuda_plan(
     Parameters
     ----------
     lends
-        What the forward may use that its backward will own: -1 nothing; 0 the store, which that
-        backward overwrites; 2 or 4 also d_weight, contiguous, with elements of so many bytes.
+        What the forward may use that its backward will own: None for nothing; 0 the store, which
+        that backward overwrites; 2 or 4 also d_weight, contiguous, elements of so many bytes.
     compact
         The rows of d_input will follow one another, so that it can hold the packed input.
     """

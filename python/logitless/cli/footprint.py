@@ -155,7 +155,7 @@ def logitless(head: Head, memory: str) -> Footprint:
         if cuda_plan is None:
             raise RuntimeError("this build has no CUDA engine")
         # The forward holds exponentials in a gradient of the weight in bf16.
-        lends = 2 if head.dtype == "bf16" else -1
+        lends = 2 if head.dtype == "bf16" else None
         plan = cuda_plan(spec, *sizes, _INPUT_AND_WEIGHT, lends=lends)
         forward = {"forward workspace": plan.forward_bytes}
         if plan.lent_bytes:

@@ -36,7 +36,11 @@ def check(device: torch.device) -> None:
 
 
 def plan(
-    device: torch.device, weight: Handle, *arguments: Any, lends: int = -1, compact: bool = True
+    device: torch.device,
+    weight: Handle,
+    *arguments: Any,
+    lends: int | None = None,
+    compact: bool = True,
 ) -> Any:
     """Size a call on `device`; cached. `arguments` are those of `_core.plan` up to gradients.
 

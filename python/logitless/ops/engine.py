@@ -17,7 +17,7 @@ from logitless._arrays import Handle, torch_code, torch_handle
 from logitless._extras import torch
 from logitless.ops import device as device_calls
 from logitless.ops import layout
-from logitless.ops.loan import NOTHING, Loan
+from logitless.ops.loan import Loan
 
 __all__ = [
     "BIAS",
@@ -93,7 +93,7 @@ def store_bytes(call: Call, device: torch.device, weight: Handle) -> int:
         return 0
     if call.memory == -1 and not keeps_when_lean(call, device):
         return 0
-    size: int = _plan(call, device, weight, NOTHING).store_bytes
+    size: int = _plan(call, device, weight, None).store_bytes
     return size
 
 
@@ -309,7 +309,7 @@ class Problem:
         )
         self.vectors = None if vectors is None else torch_handle(vectors)
         self.head = layout.class_handle(self.weight, (0,) * len(call.positions))
-        self.plan = _plan(call, input.device, self.head, NOTHING if loan is None else loan.lends)
+        self.plan = _plan(call, input.device, self.head, None if loan is None else loan.lends)
 
     def arguments(self, index: int, position: tuple[int, ...]) -> tuple[Any, ...]:
         """The leading arguments that the core's forward and backward share."""
@@ -338,7 +338,7 @@ def _handle(tensor: Optional) -> Handle | None:
     return None if tensor is None else torch_handle(tensor)
 
 
-def _plan(call: Call, device: torch.device, weight: Handle, lends: int) -> Any:
+def _plan(call: Call, device: torch.device, weight: Handle, lends: int | None) -> Any:
     return device_calls.plan(
         device,
         weight,

@@ -21,10 +21,7 @@ from logitless._extras import torch
 if TYPE_CHECKING:
     from logitless.ops.engine import Call
 
-__all__ = ["NOTHING", "Loan", "offer"]
-
-# `lends` of `_core.cuda_plan`; otherwise the bytes of an element of d_weight, 0 without one.
-NOTHING = -1
+__all__ = ["Loan", "offer"]
 
 _WEIGHT = 2  # of Call.gradients
 
@@ -35,7 +32,10 @@ _running: dict[int, weakref.ref[Loan]] = {}
 
 
 class Loan:
-    """The memory that one forward and one backward share."""
+    """The memory that one forward and one backward share.
+
+    `lends` is that of `_core.cuda_plan`: bytes of an element of d_weight, 0 without one.
+    """
 
     __slots__ = ("__weakref__", "d_weight", "lends", "store")
 

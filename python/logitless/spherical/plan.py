@@ -12,7 +12,6 @@ from logitless._check import Geometry, argument_error
 from logitless._extras import torch
 from logitless.ops import autograd, inputs
 from logitless.ops import device as device_calls
-from logitless.ops.loan import NOTHING
 from logitless.spherical.gram import wide
 from logitless.spherical.products import block_rows
 from logitless.spherical.route import pick_route, spherical_statistics
@@ -181,9 +180,9 @@ def _stream(
     sizes = (_rows(geometry), geometry.features, geometry.classes, torch_code(weight.dtype))
     # A bf16 forward on CUDA may borrow memory of the gradients, unless another does: plan for both.
     bf16 = weight.is_cuda and weight.dtype == torch.bfloat16 and mask & 2
-    lends = (NOTHING, weight.element_size()) if bf16 else (NOTHING,)
+    lends = (None, weight.element_size()) if bf16 else (None,)
     plans = [
-        device_calls.plan(weight.device, head, (n, True), spec, *sizes, memory, mask) for n in lends
+        device_calls.plan(weight.device, head, spec, *sizes, memory, mask, lends=n) for n in lends
     ]
     threads = torch.get_num_threads() * plans[0].threads_bytes
     borrowed = weight.numel() * weight.element_size() if getattr(plans[-1], "lent_bytes", 0) else 0

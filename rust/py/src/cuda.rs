@@ -32,7 +32,7 @@ struct Question {
     gradients: u32,
     contiguous: bool,
     device: usize,
-    lends: i64,
+    lends: Option<usize>,
     compact: bool,
 }
 
@@ -46,13 +46,13 @@ pub struct CudaPlan {
 }
 
 /// Size the workspaces of a call; `memory` is -1 lean, -2 fast, or bytes. `contiguous` is
-/// `cuda_describable(weight)`. `lends` says what the forward may use that its backward will own: -1
+/// `cuda_describable(weight)`. `lends` says what the forward may use that its backward will own: None
 /// nothing, 0 the store, which that backward may overwrite, and the bytes of an element of d_weight
 /// where that exists from the forward on. `compact`: the rows of d_input will follow one another.
 #[pyfunction]
 #[pyo3(signature = (
     spec, rows, features, classes, dtype, memory, gradients, contiguous = true, device = 0,
-    lends = -1, compact = true
+    lends = None, compact = true
 ))]
 #[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
 pub fn cuda_plan(
@@ -65,7 +65,7 @@ pub fn cuda_plan(
     gradients: u32,
     contiguous: bool,
     device: usize,
-    lends: i64,
+    lends: Option<usize>,
     compact: bool,
 ) -> PyResult<CudaPlan> {
     let spec = spec.get().clone();
@@ -82,10 +82,13 @@ pub fn cuda_plan(
         compact,
     };
     let lends = match lends {
-        -1 => gpu::Lends::Nothing,
-        0 => gpu::Lends::Store,
-        2 | 4 => gpu::Lends::Weight(lends as usize),
-        _ => return Err(PyValueError::new_err(format!("lends = {lends}: expected -1, 0, 2 or 4"))),
+        None => gpu::Lends::Nothing,
+        Some(0) => gpu::Lends::Store,
+        Some(element @ (2 | 4)) => gpu::Lends::Weight(element),
+        Some(other) => {
+            let message = format!("lends = {other}: expected None, 0, 2 or 4");
+            return Err(PyValueError::new_err(message));
+        }
     };
     let memory = crate::args::memory(memory)?;
     let dtype = crate::args::dtype(dtype)?;
@@ -196,7 +199,7 @@ impl CudaPlan {
     }
 }
 
-type PlanArguments = (Spec, usize, usize, usize, u8, i64, u32, bool, usize, i64, bool);
+type PlanArguments = (Spec, usize, usize, usize, u8, i64, u32, bool, usize, Option<usize>, bool);
 
 /// Compute the statistics of `spec` for every row and write them to `outputs`. `scale` is the logit
 /// scale where the device holds it: one number in the accumulation dtype. `lent` is d_weight, where
