@@ -20,13 +20,18 @@ from dataclasses import dataclass
 from logitless._extras import torch
 
 # Epochs of one size that become one of the next. More: fewer rewrites, more maps to keep.
-RADIX = 4
+RADIX = 3
 # Places from here on are epochs, those below are rows of the current epoch's own.
 COLD = 1 << 30
 # Rows widened to float64 at once.
 BLOCK = 1 << 14
 # On CUDA a row is multiplied by every map and keeps one product: so many rows at once.
 CUDA_BLOCK = 1 << 10
+
+
+def counts_are_free(tensor: torch.Tensor) -> bool:
+    """Whether how many rows satisfy something can be asked without waiting for a device."""
+    return not tensor.is_cuda
 
 
 @dataclass
@@ -84,9 +89,9 @@ class Epochs:
 
         ``every`` reckons with slots that are not in use yet: for a graph that is replayed later.
         """
-        if len(self.live) == 1 and not every:
+        if not every and len(self.live) == 1:
             return rows
-        if not rows.is_cuda:
+        if not every and counts_are_free(rows):
             out = rows.clone()
             current = self.live[-1].slot
             for epoch in self.live:
@@ -119,7 +124,7 @@ class Epochs:
             self.reserve_one_more()
             slot = self.maps.shape[0] - 1
         self._identity(slot)
-        self.place[ids] = COLD + slot
+        self.place.index_fill_(0, ids, COLD + slot)
         current = Epoch(slot, 0, ids)
         merged: list[Epoch] = []
         while True:
@@ -173,8 +178,8 @@ class Epochs:
             own = self.place[ids] == COLD + epoch.slot
             # Others were written since: the stand-in takes what would be written to them. On the
             # host they are left out, which a device could only do by telling how many there are.
-            ids = torch.where(own, ids, self.classes) if ids.is_cuda else ids[own]
+            ids = ids[own] if counts_are_free(ids) else torch.where(own, ids, self.classes)
             storage[ids] = self._move(storage[ids].to(torch.float64), epoch).to(storage.dtype)
-            self.place[ids] = COLD + slot
+            self.place.index_fill_(0, ids, COLD + slot)
             kept.append(ids)
         return torch.cat(kept)

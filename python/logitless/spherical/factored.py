@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from logitless._extras import torch
-from logitless.spherical.epochs import BLOCK, COLD, Epoch, Epochs
+from logitless.spherical.epochs import BLOCK, COLD, Epoch, Epochs, counts_are_free
 
 # Hot rows are bounded in number so that updating them costs about what closing an epoch does, but
 # an epoch holds at least this many steps where that takes few rows: closing is many small kernels.
@@ -34,6 +34,8 @@ class FactoredMatrix:
     ----------
     storage
         (V + 1, P): the matrix and a last row that stands in where nothing is to be written. Kept.
+    compile
+        Whether the device's work goes through torch.compile.
 
     Attributes
     ----------
@@ -50,14 +52,19 @@ class FactoredMatrix:
         Q = WᵀW, (P, P) float64.
     """
 
-    def __init__(self, storage: torch.Tensor) -> None:
-        self.storage = storage
+    def __init__(self, storage: torch.Tensor, *, compile: bool = False) -> None:
+        self.storage, self.compile = storage, compile
         classes, width = storage.shape[0] - 1, storage.shape[1]
         device = storage.device
         self.place = torch.empty(classes + 1, dtype=torch.int32, device=device)
         self.epochs = Epochs(self.place, width)
         self.cursor = torch.zeros((), dtype=torch.int32, device=device)
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
+        # Constants on the device: a Python number would be one more kernel wherever it is used.
+        self.zero = self.gram.new_zeros(())
+        self.nan = self.gram.new_full((), torch.nan)
+        self.nothing = torch.full_like(self.cursor, 2 * COLD - 1)
+        self.stand_in = torch.full_like(self.cursor, classes, dtype=torch.int64)
         # Rows that one replay of the captured graphs takes; whether a graph holds our buffers.
         self.sweeps, self.captured, self.pinned = 0, 0, False
         # Counts what changes W, so that a backward can tell that its forward is out of date.
@@ -107,16 +114,17 @@ class FactoredMatrix:
 
     # ------------------------------------------------------------------ reading
 
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """W[ids] in float64: (n,) int64 ids, V for none, to (n, P)."""
+    def rows(self, ids: torch.Tensor, *, every: bool = False) -> torch.Tensor:
+        """W[ids] in float64: (n,) int64 ids, V for none, to (n, P).
+
+        ``every`` as in `Epochs.bring`.
+        """
         place = self.place[ids]
         hot = place < COLD
         stored = self.storage[ids].to(torch.float64)
-        epoch = torch.where(hot, 0, place - COLD)
-        self.pinned |= capturing(stored)
-        stored = self.epochs.bring(stored, epoch, every=capturing(stored))
-        cold = torch.addmm(self.shift, stored, self.mix)
-        return torch.where(hot[:, None], self.hot[torch.where(hot, place, 0)], cold)
+        epoch = (place - COLD).clamp_(min=0)
+        cold = torch.addmm(self.shift, self.epochs.bring(stored, epoch, every=every), self.mix)
+        return torch.where(hot[:, None], self.hot[place * hot], cold)
 
     def dense(self) -> torch.Tensor:
         """The whole (V, P) matrix in the factor's dtype, block by block."""
@@ -156,26 +164,32 @@ class FactoredMatrix:
         Nothing happens unless ``ok`` (0-d bool). Of equal ids the first decides.
         """
         count = ids.shape[0]
-        number = self.cursor + 1 + torch.arange(count, dtype=torch.int32, device=ids.device)
-        number = torch.where(ok & (ids < self.classes), number, 2 * COLD - 1)
+        number = self.cursor + self.numbers[:count]
+        wanted = torch.where(ok & (ids < self.classes), number, self.nothing)
         # Hot rows have lower numbers and stay; a minimum of integers is the same in any order.
-        self.place.scatter_reduce_(0, ids, number, "amin")
+        self.place.scatter_reduce_(0, ids, wanted, "amin")
         found = self.place[ids]
-        first = torch.where(found == number, found, 0)
-        self.hot[first] = rows
-        self.hot_ids[first] = torch.where(first > 0, ids, self.classes)
-        self.cursor += torch.where(ok, count, 0).to(torch.int32)
-        return torch.where(found < COLD, found, 0)
+        new = found == wanted
+        self.hot[found * new] = rows
+        self.hot_ids[found * new] = torch.where(new, ids, self.stand_in)
+        self.cursor.add_(ok, alpha=count)
+        return found * (found < COLD)
 
     def room(self, count: int) -> torch.Tensor:
         """Whether the device has as many hot rows left (0-d bool); replays may use them up."""
-        return self.cursor + count <= self.capacity
+        return self.cursor + (count - 1) <= self.capacity
 
-    def used(self, count: int) -> torch.Tensor:
-        """The rows of ``stack`` that a step with ``count`` targets must update: a view."""
-        if self.captured or capturing(self.stack):
-            return self.stack
-        return self.stack[: self.width + 3 + self.filled + count]
+    def fixed(self) -> bool:
+        """Whether work must be of fixed sizes: recorded into a graph, or compiled."""
+        recording = capturing(self.stack)
+        self.pinned |= recording
+        return self.compile or recording
+
+    def height(self, count: int) -> int:
+        """How many rows of ``stack`` a step with ``count`` targets must update."""
+        if self.captured or self.fixed():
+            return self.hot_ids.shape[0] + self.width + 2
+        return self.width + 3 + self.filled + count
 
     def taken(self, count: int) -> None:
         """Tell that a step with ``count`` targets was taken; close the epoch if it is full."""
@@ -191,7 +205,7 @@ class FactoredMatrix:
             return
         count = self.capacity + 1 if self.captured else self.filled + 1
         ids = self.hot_ids[:count].clone()
-        if not ids.is_cuda:
+        if counts_are_free(ids):
             ids = ids[ids < self.classes]
         self.storage[self.hot_ids[:count]] = self.hot[:count].to(self.storage.dtype)
         swept = self.epochs.advance(self.storage, self.mix, self.shift, ids)
@@ -270,7 +284,7 @@ class FactoredMatrix:
         ]
         self.filled, self.sweeps = state["filled"], state["sweeps"]
         self.version += 1
-        self.affine = self._affine()
+        self._constants()
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move and cast as a module is moved; the P-sized state stays float64."""
@@ -280,7 +294,7 @@ class FactoredMatrix:
         else:  # half types would lose the sparse updates
             self.storage = self.storage.to(storage.device)
         device = storage.device
-        for name in (*_STATE[1:], "affine"):
+        for name in (*_STATE[1:], "affine", "numbers", "zero", "nan", "nothing", "stand_in"):
             setattr(self, name, getattr(self, name).to(device))
         self.epochs.place = self.place
         self.epochs.maps = self.epochs.maps.to(device)
@@ -310,24 +324,26 @@ class FactoredMatrix:
         if column_sum is not None:
             self.column_sum.copy_(column_sum)
         self.hot_ids = torch.empty(rows + 1, dtype=torch.int64, device=device)
-        self.affine = self._affine()
+        self._constants()
         self._begin()
         if rows:
             self.epochs.reserve(rows)
 
-    def _affine(self) -> torch.Tensor:
-        """How many times each row of the stack takes what is added to every row of W."""
-        affine = torch.ones(self.stack.shape[0], dtype=torch.float64, device=self.storage.device)
-        affine[: self.width] = 0.0
-        affine[self.width + 1] = self.classes
-        return affine
+    def _constants(self) -> None:
+        """What goes with the size of the stack."""
+        device = self.storage.device
+        self.numbers = torch.arange(self.capacity + 1, dtype=torch.int32, device=device)
+        # How many times each row of the stack takes what is added to every row of W.
+        self.affine = torch.ones(self.stack.shape[0], dtype=torch.float64, device=device)
+        self.affine[: self.width] = 0.0
+        self.affine[self.width + 1] = self.classes
 
     def _begin(self) -> None:
         self.mix.zero_().diagonal().fill_(1.0)
         self.shift.zero_()
         self.hot.zero_()
         self.hot_ids.fill_(self.classes)
-        self.cursor.zero_()
+        self.cursor.fill_(1)
         self.filled = 0
 
 

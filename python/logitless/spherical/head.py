@@ -49,6 +49,9 @@ class SphericalHead(torch.nn.Module):
         "mean" over kept rows, "sum" or "none".
     fused
         Whether backward itself takes the step; otherwise call :meth:`step` after backward.
+    compile
+        Whether the O(D²) work goes through torch.compile, which makes some 20 kernels of 120. The
+        first steps then take a minute.
     process_group
         Ranks over which a step averages the gradients, as DistributedDataParallel would: each rank
         sends its rows, N·(D + 4) numbers. Without one, a step in a multi-rank job is refused.
@@ -83,6 +86,7 @@ class SphericalHead(torch.nn.Module):
         trust_ratio: float | None = None,
         reduction: str = "mean",
         fused: bool = False,
+        compile: bool = False,
         process_group: Any = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -110,7 +114,7 @@ class SphericalHead(torch.nn.Module):
             raise argument_error(
                 "dtype", dtype, "float32 or float64", "half types would lose the sparse updates"
             )
-        self.matrix = FactoredMatrix(self._initial(device, dtype))
+        self.matrix = FactoredMatrix(self._initial(device, dtype), compile=compile)
         self._pending: list[records.Record] = []
         self.steps = 0
         self._lr, self._rate = lr, torch.tensor(lr, dtype=torch.float64, device=device)
@@ -134,38 +138,46 @@ class SphericalHead(torch.nn.Module):
         backwards add up. In eval mode or under ``no_grad`` nothing is recorded.
         """
         ids, several = self._ids(input, target, ignore_index)
-        s = self._statistics(input, ids, several, target_weight)
-        losses = self.loss.rows(s)
-        if row_weight is not None:
-            row_weight = row_weight.to(losses)
-        return reduce(losses, s.kept, self.reduction, row_weight, denominator).to(
-            torch.float64 if self._dtype == torch.float64 else torch.float32
+        mean, variance, logits = self._logits(input, ids, sink=True)
+        given = (self, ids, several, target_weight, row_weight, denominator)
+        loss: torch.Tensor = records.run(_losses, self.matrix.compile)(
+            mean, variance, logits, *given
         )
+        return loss
 
-    def _statistics(
+    def _logits(
+        self, input: torch.Tensor, ids: torch.Tensor, *, sink: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean and variance of the logits, of the rows' shape, and the target logits (..., K)."""
+        receive = self._receive if sink and self.training and torch.is_grad_enabled() else None
+        flat = self._widen(input)
+        if receive is not None and not flat.requires_grad:
+            flat = flat.detach().requires_grad_()  # the weight learns even where the body is frozen
+        mean, variance, logits = records.FactoredStatistics.apply(
+            flat, ids.reshape(flat.shape[0], -1), self.matrix, receive
+        )
+        shape = input.shape[:-1]
+        return mean.view(shape), variance.view(shape), logits.view(*shape, logits.shape[1])
+
+    def _rows(
         self,
-        input: torch.Tensor,
+        mean: torch.Tensor,
+        variance: torch.Tensor,
+        logits: torch.Tensor,
         ids: torch.Tensor,
         several: bool,  # noqa: FBT001
         target_weight: torch.Tensor | None = None,
-    ) -> RowStatistics:
-        sink = self._receive if self.training and torch.is_grad_enabled() else None
-        flat = self._widen(input)
-        if sink is not None and not flat.requires_grad:
-            flat = flat.detach().requires_grad_()  # the weight learns even where the body is frozen
-        mean, variance, logits = records.FactoredStatistics.apply(
-            flat, ids.reshape(flat.shape[0], -1), self.matrix, sink
-        )
-        shape, v = input.shape[:-1], self.num_classes
-        values = {
-            "sum": mean * v,
-            "sum_sq": (variance + mean * mean) * v,
-            "mean": mean,
-            "variance": variance,
-        }
-        values = {name: value.view(shape) for name, value in values.items()}
-        values["target"] = logits.view(*shape, logits.shape[1])
-        return RowStatistics(
+    ) -> tuple[torch.Tensor, RowStatistics]:
+        """One loss a row, and the statistics it was made of."""
+        v, wanted = self.num_classes, self.loss.request.core
+        values = {"target": logits}
+        if "sum" in wanted:
+            values["sum"] = mean * v
+        if "sum_sq" in wanted:
+            values["sum_sq"] = (variance + mean * mean) * v
+        if "variance" in wanted:
+            values |= {"mean": mean, "variance": variance}
+        s = RowStatistics(
             values,
             reading=self.loss.request.reading,
             classes=v,
@@ -176,6 +188,7 @@ class SphericalHead(torch.nn.Module):
             target_weight=target_weight,
             route="factored",
         )
+        return self.loss.rows(s), s
 
     # ------------------------------------------------------------------ the update
 
@@ -212,10 +225,12 @@ class SphericalHead(torch.nn.Module):
         """
         group = self._group()
         if not capturing(self.matrix.stack):
-            self._refusals.check()
+            self._check_refusals()
         if group is None and not self._pending:
             return
-        record = records.combine(self._pending) if self._pending else self._no_rows()
+        record = (
+            records.combine(self._pending, self.num_classes) if self._pending else self._no_rows()
+        )
         self._pending.clear()
         if group is not None:
             record = records.gather(record, self.matrix, group)
@@ -237,7 +252,14 @@ class SphericalHead(torch.nn.Module):
         """
         self.matrix.replayed(times)
         self.steps += times
-        self._refusals.check()
+        self._check_refusals()
+
+    def _check_refusals(self, *, wait: bool = False) -> None:
+        try:
+            self._refusals.check(wait=wait)
+        except RuntimeError:  # no room: make some, so that the next replay may go on
+            self.matrix.close()
+            raise
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001
         """Forget what backward has recorded since the last step."""
@@ -355,7 +377,7 @@ class SphericalHead(torch.nn.Module):
 
         Waits for the device and raises what it refused.
         """
-        self._refusals.check(wait=True)
+        self._check_refusals(wait=True)
         d = self._width
         return {
             "epochs": float(len(self.matrix.epochs.live)),
@@ -397,13 +419,14 @@ class SphericalHead(torch.nn.Module):
             raise argument_error(
                 "target.shape", tuple(target.shape), "(...): one id a row", "index K"
             )
-        return -self.loss.rows(self._statistics(input, ids, several)).to(self._dtype)
+        losses, _ = self._rows(*self._logits(input, ids, sink=False), ids, several)
+        return -losses.to(self._dtype)
 
     # ------------------------------------------------------------------ module plumbing
 
     def get_extra_state(self) -> dict[str, Any]:
         """The factored state; part of ``state_dict``."""
-        self._refusals.check(wait=True)
+        self._check_refusals(wait=True)
         return {"matrix": self.matrix.state(), "steps": self.steps, "scale": self._velocity_scale}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -482,11 +505,27 @@ class SphericalHead(torch.nn.Module):
 
     def _no_rows(self) -> records.Record:
         empty = self.matrix.gram.new_zeros(0, self._width)
-        none, column = empty.new_zeros(0), empty.new_zeros(0, 1)
+        ids = torch.zeros(0, 1, dtype=torch.int64, device=empty.device)
         rows = empty.new_zeros(0, 1, self.matrix.width)
-        response = empty.new_zeros(0, self.matrix.width)
-        ids = column.to(torch.int64)
-        return records.Record(empty, none, none, ids, column, rows, response)
+        return records.Record(empty, empty.new_zeros(0, 3), ids, rows, rows[:, 0])
+
+
+def _losses(
+    mean: torch.Tensor,
+    variance: torch.Tensor,
+    logits: torch.Tensor,
+    head: SphericalHead,
+    ids: torch.Tensor,
+    several: bool,  # noqa: FBT001
+    target_weight: torch.Tensor | None,
+    row_weight: torch.Tensor | None,
+    denominator: float | torch.Tensor | None,
+) -> torch.Tensor:
+    """The reduced loss, float32 or float64 as A is."""
+    losses, s = head._rows(mean, variance, logits, ids, several, target_weight)
+    if row_weight is not None:
+        row_weight = row_weight.to(losses)
+    return reduce(losses, s.kept, head.reduction, row_weight, denominator).to(head._dtype)
 
 
 def _check_optimizer(name: str) -> str:

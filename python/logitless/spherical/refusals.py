@@ -27,9 +27,9 @@ class Refusals:
             self.seen = torch.zeros(2, dtype=torch.int64, pin_memory=True)
         self.told = [0, 0]
 
-    def add(self, refused: torch.Tensor) -> None:
-        """Count a step: (2,) bool, not finite and no room. On the host, raise at once."""
-        self.counts += refused
+    def add(self, passed: torch.Tensor) -> None:
+        """Count a step: (2,) bool, finite and room for it. On the host, raise at once."""
+        self.counts += ~passed
         if self.counts.is_cuda:
             self.seen.copy_(self.counts, non_blocking=True)
         else:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from logitless._extras import torch
 from logitless.spherical.factored import FactoredMatrix
-from logitless.spherical.records import Record
+from logitless.spherical.records import Record, run
 
 # Eigenvalues of ∇Wᵀ∇W below this share of the largest are round-off of a rank-deficient gradient
 # (its rank is at most the number of rows of the batch); Muon gives those directions no step.
@@ -51,21 +51,27 @@ def apply_step(matrix: FactoredMatrix, record: Record, settings: Settings) -> to
     Returns
     -------
     Tensor
-        (2,) bool: whether the step was refused because the record is not finite; or because there
-        was no room for its rows. A refused step leaves the state as it was, bit by bit.
+        (2,) bool: whether the record is finite, and whether there was room for its rows. Otherwise
+        the step is refused: the state is as it was, bit by bit.
     """
     count = record.ids.numel()
     matrix.reserve(count)
-    finite = record.finite()
-    room = matrix.room(count)
-    ok = finite & room
-    record = record.where(ok)
-    ids = torch.where(record.ids >= 0, record.ids, matrix.classes)
-    numbers = matrix.claim(ids.flatten(), record.rows.flatten(0, 1), ok).view_as(ids)
-    gradient = _gradient(matrix, record, numbers)
-    _optimise(matrix, record, gradient, settings, ok)
+    passed: torch.Tensor = run(_step, matrix.compile)(
+        matrix, record, settings, matrix.height(count)
+    )
     matrix.taken(count)
-    return torch.stack([~finite, ~room])
+    return passed
+
+
+def _step(matrix: FactoredMatrix, record: Record, settings: Settings, height: int) -> torch.Tensor:
+    """All of a step that the device does, on ``height`` rows of the stack."""
+    passed = torch.stack([record.finite(), matrix.room(record.ids.numel())])
+    ok = passed.all()
+    record = record.where(ok, matrix.zero)
+    numbers = matrix.claim(record.ids.flatten(), record.rows.flatten(0, 1), ok)
+    gradient = _gradient(matrix, record, numbers.view_as(record.ids), height)
+    _optimise(matrix, record, gradient, settings, ok)
+    return passed
 
 
 @dataclass(frozen=True)
@@ -87,32 +93,36 @@ class _Gradient:
     square: torch.Tensor
 
 
-def _gradient(matrix: FactoredMatrix, record: Record, numbers: torch.Tensor) -> _Gradient:
-    e, twice = record.features, 2 * record.square
+def _gradient(
+    matrix: FactoredMatrix, record: Record, numbers: torch.Tensor, height: int
+) -> _Gradient:
+    e, linear, target = record.features, record.linear, record.target
+    twice = 2 * record.cotangents[:, :1]
     n, d = e.shape
-    weights = matrix.used(record.ids.numel())[:, :d]
-    affine = matrix.affine[: weights.shape[0]]
-    scaled = e * twice[:, None]
-    sums, hot = matrix.width + 1, matrix.width + 2 + numbers
+    weights, affine = matrix.stack[:height, :d], matrix.affine[:height]
+    scaled = e * twice
+    sums, first = matrix.width + 1, matrix.width + 2
     if n <= d:
-        coefficients = torch.addmm(torch.outer(affine, record.linear), weights, scaled.T)
-        coefficients[sums] += record.target.sum(1)
-        flat = coefficients.view(-1)
-        places = hot * n + torch.arange(n, device=e.device)[:, None]
+        coefficients = torch.outer(affine, linear).addmm_(weights, scaled.T)
+        coefficients[sums].add_(target.sum(1))
+        hot = coefficients[first:]
+        row = matrix.numbers[:n]
         for k in range(numbers.shape[1]):  # one column: no place occurs twice, no atomics needed
-            flat[places[:, k]] = flat[places[:, k]] + record.target[:, k]
+            places = (numbers[:, k], row)
+            hot[places] = hot[places] + target[:, k]
         rows = coefficients @ e
+        hot = rows[first:]
     else:
-        x = scaled.T @ e
-        rows = torch.addmm(torch.outer(affine, record.linear @ e), weights, x)
-        rows[sums] += record.target.sum(1) @ e
+        rows = torch.outer(affine, linear @ e).addmm_(weights, scaled.T @ e)
+        rows[sums].add_(target.sum(1) @ e)
+        hot = rows[first:]
         for k in range(numbers.shape[1]):  # sorted by torch on CUDA, in order on the host
-            rows.index_put_((hot[:, k],), e * record.target[:, k, None], accumulate=True)
+            hot.index_put_((numbers[:, k],), e * target[:, k, None], accumulate=True)
     product = record.response.T @ e
-    square = (e @ product[:d]) * twice[:, None]
-    square.addcmul_(record.linear[:, None], rows[sums])
+    square = torch.outer(linear, rows[sums])
+    square.addcmul_(e @ product[:d], twice)
     for k in range(numbers.shape[1]):
-        square.addcmul_(record.target[:, k, None], rows[hot[:, k]])
+        square.addcmul_(target[:, k, None], hot[numbers[:, k]])
     return _Gradient(rows, product, square)
 
 
@@ -162,15 +172,15 @@ def _plain(
     lr: torch.Tensor,
     keep: torch.Tensor | None,
 ) -> None:
-    """SGD: W ← keep·W − lr·G, and Q ← keep²·Q − Eᵀ N − Nᵀ E with N = lr·(keep·dz W − lr/2·dz G)."""
+    """SGD: W ← keep·W − lr·G, and Q ← keep²·Q − lr·(EᵀN + NᵀE), N = keep·dz W − lr/2·dz G."""
     used = matrix.stack[: gradient.rows.shape[0]]
     response = record.response if keep is None else record.response * keep
-    update = record.features.T @ ((response - gradient.square * (0.5 * lr)) * lr)
+    update = record.features.T @ torch.addcmul(response, gradient.square, lr, value=-0.5)
     if keep is not None:
         used.mul_(keep)
         matrix.gram.mul_(keep * keep)
     used.addcmul_(gradient.rows, lr, value=-1)
-    matrix.gram.sub_(update).sub_(update.T)
+    matrix.gram.addcmul_(update, lr, value=-1).addcmul_(update.T, lr, value=-1)
 
 
 def _with_velocity(
