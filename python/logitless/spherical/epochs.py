@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from logitless._extras import torch
 
 # Epochs of one size that become one of the next. More: fewer rewrites, more maps to keep.
-RADIX = 3
+RADIX = 4
 # Places from here on are epochs, those below are rows of the current epoch's own.
 COLD = 1 << 30
 # Rows widened to float64 at once.
@@ -60,6 +60,7 @@ class Epochs:
         self.place, self.width = place, width
         self.maps = torch.zeros(1, width, width, dtype=torch.float64, device=place.device)
         self.offsets = torch.zeros_like(self.maps[0, :1])
+        self.identity = torch.eye(width, dtype=torch.float64, device=place.device)
         self.restart()
 
     @property
@@ -164,7 +165,7 @@ class Epochs:
         self.offsets = torch.cat([self.offsets, torch.zeros_like(self.offsets[:1])])
 
     def _identity(self, slot: int) -> None:
-        self.maps[slot].zero_().diagonal().fill_(1.0)
+        self.maps[slot] = self.identity
         self.offsets[slot].zero_()
 
     def _move(self, rows: torch.Tensor, epoch: Epoch) -> torch.Tensor:

@@ -67,6 +67,7 @@ class FactoredMatrix:
         self.stand_in = torch.full_like(self.cursor, classes, dtype=torch.int64)
         # Rows that one replay of the captured graphs takes; whether a graph holds our buffers.
         self.sweeps, self.captured, self.pinned = 0, 0, False
+        self.filled: int = 0  # hot rows taken, as far as the host was told
         # Counts what changes W, so that a backward can tell that its forward is out of date.
         self.version = 0
         self._allocate(0)
@@ -110,7 +111,7 @@ class FactoredMatrix:
     @property
     def capacity(self) -> int:
         """C."""
-        return self.hot_ids.shape[0] - 1
+        return len(self.hot_ids) - 1
 
     # ------------------------------------------------------------------ reading
 
@@ -188,7 +189,7 @@ class FactoredMatrix:
     def height(self, count: int) -> int:
         """How many rows of ``stack`` a step with ``count`` targets must update."""
         if self.captured or self.fixed():
-            return self.hot_ids.shape[0] + self.width + 2
+            return self.width + 3 + self.capacity
         return self.width + 3 + self.filled + count
 
     def taken(self, count: int) -> None:
@@ -284,7 +285,8 @@ class FactoredMatrix:
         ]
         self.filled, self.sweeps = state["filled"], state["sweeps"]
         self.version += 1
-        self._constants()
+        if len(self.numbers) != len(self.hot_ids):
+            self._constants()
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Move and cast as a module is moved; the P-sized state stays float64."""
@@ -297,8 +299,8 @@ class FactoredMatrix:
         for name in (*_STATE[1:], "affine", "numbers", "zero", "nan", "nothing", "stand_in"):
             setattr(self, name, getattr(self, name).to(device))
         self.epochs.place = self.place
-        self.epochs.maps = self.epochs.maps.to(device)
-        self.epochs.offsets = self.epochs.offsets.to(device)
+        for name in ("maps", "offsets", "identity"):
+            setattr(self.epochs, name, getattr(self.epochs, name).to(device))
         for epoch in self.epochs.live:
             epoch.ids = None if epoch.ids is None else epoch.ids.to(device)
 
@@ -339,7 +341,7 @@ class FactoredMatrix:
         self.affine[self.width + 1] = self.classes
 
     def _begin(self) -> None:
-        self.mix.zero_().diagonal().fill_(1.0)
+        self.mix.copy_(self.epochs.identity)
         self.shift.zero_()
         self.hot.zero_()
         self.hot_ids.fill_(self.classes)
