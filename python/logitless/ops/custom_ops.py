@@ -42,13 +42,15 @@ def needed(*tensors: Optional) -> bool:
 
 def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """Compute the core's fields through the custom op."""
-    outputs = torch.ops.logitless.row_statistics(*tensors, *_pack(call, tensors.input.device))
+    outputs = torch.ops.logitless.row_statistics(*tensors, *_pack(call, tensors))
     return tuple(outputs[: len(call.fields)])
 
 
-def _pack(call: Call, device: torch.device) -> tuple[Any, ...]:
-    # A plan needs numbers and a traced shape may be symbolic: what lean would keep is made again.
-    memory = 0 if call.memory == -1 and engine.keeps_when_lean(call, device) else call.memory
+def _pack(call: Call, tensors: Tensors) -> tuple[Any, ...]:
+    memory = call.memory
+    if memory == -1 and engine.keeps_when_lean(call, tensors.input.device):
+        # A plan needs numbers. Where a traced size has none, what lean would keep is made again.
+        memory = -1 if _has_numbers(tensors.input, tensors.weight) else 0
     return (
         ",".join(call.core),
         list(call.powers),
@@ -61,6 +63,17 @@ def _pack(call: Call, device: torch.device) -> tuple[Any, ...]:
         call.gradients,
         call.dtype,
     )
+
+
+def _has_numbers(*tensors: Tensor) -> bool:
+    """Tell whether every size is known to whoever traces this."""
+    # Loaded by every tracer, and slowly by others. torch before 2.7 cannot tell.
+    from torch.fx.experimental import symbolic_shapes
+
+    is_known = getattr(symbolic_shapes, "has_static_value", None)
+    if is_known is None:
+        return False
+    return all(is_known(size) for tensor in tensors for size in tensor.shape)
 
 
 def _unpack(input: Tensor, weight: Tensor, ids: Optional, vectors: Optional, *packed: Any) -> Call:
@@ -131,9 +144,14 @@ def _(
         )
         for _, columns, integer in call.fields
     ]
-    # No address here; the engine's plan for a head of this shape.
-    classes, features = weight.shape[0], weight.shape[-1]
-    head = (0, torch_code(call.dtype), (classes, features), (features, 1))
+    if input.device.type == "cuda" and not torch.cuda.is_available():
+        return outputs
+    # No address here; the engine's plan for a head of this layout.
+    address: Any = 0
+    if weight.dtype == call.dtype:
+        address = weight.storage_offset() * weight.element_size()
+    shape, strides = (weight.shape[0], weight.shape[-1]), (weight.stride(0), weight.stride(-1))
+    head = (address, torch_code(call.dtype), shape, strides)
     if size := engine.store_bytes(call, input.device, head):
         outputs.append(input.new_empty((size,), dtype=torch.uint8))
     return outputs
