@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,14 @@ TINY += " --scored 32 --marks 1 --most-epochs 2 --tokens 3000"
 
 @pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are in the repository only")
 def test_word_model(tmp_path: Path) -> None:
-    # Sources of this repository: some hundred words.
-    arguments = [*TINY.split(), "--roots", str(EXAMPLES), "--out", str(tmp_path)]
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    draw = random.Random(0)
+    names = [f"{a}_{b}" for a in ("row", "loss", "mean", "class") for b in range(50)]
+    for number in range(60):
+        text = "\n".join(f"{draw.choice(names)} = {draw.choice(names)}()" for _ in range(20))
+        (sources / f"{number}.py").write_text(text)
+    arguments = [*TINY.split(), "--roots", str(sources), "--out", str(tmp_path)]
     command = [sys.executable, str(EXAMPLES / "word_model.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -37,7 +37,7 @@ from logitless.nn import SphericalHead
 
 CONTEXT = 9
 TOPS = (1, 5, 10)
-GRID = (0.3, 1.0, 3.0, 10.0, 30.0)
+GRID = (1.0, 3.0, 10.0, 30.0)
 # (a, b, learning rate of the head)
 ZGRID = tuple(
     (a, b, lr)
@@ -239,7 +239,7 @@ def experiment(given: argparse.Namespace, corpus: words.Corpus) -> dict[str, Any
     spherical = trainer.tune("Z-loss", zgrid[:: given.thin], tuning)
     runs = [trainer.run("log-softmax", dense[0]["settings"], epoch, scored, given.marks)]
     print(f"log-softmax: {percent(runs[0])}, {runs[0]['seconds']:.1f} s", flush=True)
-    part = max(1, epoch // 8)
+    part = max(1, epoch // 16)
     lean = trainer.run("linear_cross_entropy", dense[0]["settings"], part, scored)
     runs.append({**lean, "seconds": lean["seconds"] * epoch / part, "part": part})
     best = spherical[0]["settings"]
@@ -272,17 +272,17 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--corpus", type=Path, help="written by words.py")
     parser.add_argument("--roots", type=Path, nargs="+", default=words.installed())
-    parser.add_argument("--tokens", type=int, default=6_000_000, help="of the corpus at most")
+    parser.add_argument("--tokens", type=int, default=4_000_000, help="of the corpus at most")
     parser.add_argument("--steps", type=int, help="of an epoch at most")
-    parser.add_argument("--tune-steps", type=int, default=150)
+    parser.add_argument("--tune-steps", type=int, default=80)
     parser.add_argument("--thin", type=int, default=1, help="every n-th point of the Z-loss grid")
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--embedding", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the body's Adam")
-    parser.add_argument("--scored", type=int, default=20_000, help="held-out words of each half")
-    parser.add_argument("--marks", type=int, default=8, help="scores along a run")
+    parser.add_argument("--scored", type=int, default=10_000, help="held-out words of each half")
+    parser.add_argument("--marks", type=int, default=6, help="scores along a run")
     parser.add_argument("--most-epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)

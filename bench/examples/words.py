@@ -1,6 +1,6 @@
 """A corpus that every machine with Python has: the words of its packages' sources and docs.
 
-    python bench/examples/words.py words.npz [--roots FOLDER ...] [--tokens 6000000]
+    python bench/examples/words.py words.npz [--roots FOLDER ...] [--tokens 4000000]
 
 Files of one content count once. Their order, what is held out (one file in twenty) and where the
 corpus ends if it is limited follow from a hash of the content, so that the same files give the same

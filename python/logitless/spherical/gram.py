@@ -20,7 +20,14 @@ from typing import Any
 from torch.utils.weak import WeakIdKeyDictionary
 
 from logitless._extras import torch
-from logitless.spherical.products import add_square, block_rows, blocks, mirror
+from logitless.spherical.products import (
+    add_square,
+    add_square_split,
+    block_rows,
+    blocks,
+    mirror,
+    tensor_cores,
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ def compute(
     size, dtype, device = features + (bias is not None), wide(weight.dtype), weight.device
     rows = block_rows(size, dtype, device)
     centred = torch.empty(size, size, dtype=dtype, device=device)
+    cross = torch.empty_like(centred) if bias is None and tensor_cores(weight) else None
     parts = list(blocks(classes, rows))
     with torch.autocast(device.type, enabled=False):
         mean = _mean(weight, bias, parts, dtype)
@@ -125,8 +133,14 @@ def compute(
                 if bias is not None:
                     block[:, features].copy_(bias[part])
                 block.sub_(mean)
-            add_square(centred, block, first=part.start == 0)
-    return mean, mirror(centred)
+            if cross is None:
+                add_square(centred, block, first=part.start == 0)
+            else:
+                add_square_split(centred, cross, block, first=part.start == 0)
+        mirror(centred)
+        if cross is not None:
+            centred.add_(cross).add_(cross.T)
+    return mean, centred
 
 
 def _mean(

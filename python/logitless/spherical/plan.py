@@ -13,7 +13,7 @@ from logitless._extras import torch
 from logitless.ops import autograd, inputs
 from logitless.ops import device as device_calls
 from logitless.spherical.gram import wide
-from logitless.spherical.products import block_rows
+from logitless.spherical.products import block_rows, tensor_cores
 from logitless.spherical.route import pick_route, spherical_statistics
 
 __all__ = ["Plan", "plan"]
@@ -129,6 +129,9 @@ def _gram(
     gathered = n * d * item * (item != f) + n * d * f + (n * p * f if bias is not None else 0)
     sums = -(-v // block) * p * f
     forward = max(block * p * f + sums + p * (f + 16), n * p * f, gathered + n * p * f * (k > 0))
+    halves = tensor_cores(weight) and bias is None
+    if halves:  # the two halves, highᵀ·low and products of D x D
+        forward = max(forward, block * p * (f + 2 * item) + sums + 3 * p * p * f)
     if weight.is_cuda:
         forward = max(forward, COLUMN_SUMS)
     kept = 2 * n * p * f if mask else 0
@@ -143,7 +146,7 @@ def _gram(
     if into_weight:
         target_rows, written = n * k * p * f, 0
         if item != f or bias is not None:
-            written = block * (p * f + d * f * (item != f))
+            written = block * (p * f + d * f * (item != f)) + halves * p * p * (f + 2 * item)
         if item != f:
             target_rows *= 2  # finished, before they are rounded
             written = max(written, n * k * d * (f + item))

@@ -41,6 +41,39 @@ def add_square(out: torch.Tensor, rows: torch.Tensor, *, first: bool) -> None:
         out[panel, upper].addmm_(rows[:, panel].T, rows[:, upper], beta=0 if first else 1)
 
 
+def tensor_cores(weight: torch.Tensor) -> bool:
+    """Whether products with this weight may run as bf16 with fp32 sums (torch 2.8, CUDA)."""
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and "dtype" in _MM_OVERLOADS
+
+
+_MM_OVERLOADS = frozenset(torch.ops.aten.mm.overloads())
+
+
+def split(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Halves in bf16 whose sum has 16 bits of each fp32 value; ``values`` are overwritten."""
+    high = values.to(torch.bfloat16)
+    return high, values.sub_(high).to(torch.bfloat16)
+
+
+def add_square_split(
+    out: torch.Tensor, cross: torch.Tensor, rows: torch.Tensor, *, first: bool
+) -> None:
+    """The same as `add_square` on tensor cores: ``cross`` (P, P) collects highᵀ·low.
+
+    rowsᵀ·rows is highᵀhigh + lowᵀlow + cross + crossᵀ. Products of bf16 are exact and summed in
+    fp32, so that only the bits below the halves are lost: less than 1e-6 of Q. ``rows`` are
+    overwritten.
+    """
+    high, low = split(rows)
+    for panel in _panels(out):
+        upper = slice(panel.start, None)
+        part = torch.mm(high[:, panel].T, high[:, upper], out_dtype=torch.float32)
+        part.add_(torch.mm(low[:, panel].T, low[:, upper], out_dtype=torch.float32))
+        out[panel, upper] = part if first else part.add_(out[panel, upper])
+    part = torch.mm(high.T, low, out_dtype=torch.float32)
+    cross.copy_(part) if first else cross.add_(part)
+
+
 def mirror(out: torch.Tensor) -> torch.Tensor:
     """Copy the upper triangle of panels over the lower one."""
     for panel in _panels(out)[:-1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from logitless._extras import torch
-from logitless.spherical.products import block_rows, blocks
+from logitless.spherical.products import block_rows, blocks, split, tensor_cores
 
 
 @dataclass
@@ -58,6 +58,8 @@ class Structure:
             touched = self._touched(weight, bias, d_weight, d_bias, accumulate) if rounded else None
             if d_weight is not None and d_bias is None and bias is None and not rounded:
                 self._multiply(weight, d_weight, accumulate)
+            elif d_weight is not None and bias is None and tensor_cores(weight):
+                self._multiply_split(weight, d_weight, accumulate)
             else:
                 self._write_blocks(weight, bias, d_weight, d_bias, accumulate)
             if touched is None:
@@ -77,6 +79,21 @@ class Structure:
                 out[part].addmm_(weight[part], self.multiplier).add_(self.addend)
             else:
                 torch.addmm(self.addend, weight[part], self.multiplier, out=out[part])
+
+    def _multiply_split(
+        self,
+        weight: torch.Tensor,
+        out: torch.Tensor,
+        accumulate: bool,  # noqa: FBT001
+    ) -> None:
+        """The same for bf16 on tensor cores: W is exact, X in two halves, the sums fp32."""
+        high, low = split(self.multiplier.clone())
+        for part in blocks(
+            weight.shape[0], block_rows(weight.shape[1], self.rows.dtype, weight.device)
+        ):
+            block = torch.mm(weight[part], high, out_dtype=torch.float32)
+            block.add_(torch.mm(weight[part], low, out_dtype=torch.float32)).add_(self.addend)
+            out[part] = block.add_(out[part]) if accumulate else block
 
     def _write_blocks(
         self,
