@@ -177,7 +177,9 @@ def layer_times(
     return found
 
 
-def layer_table(device: str, seconds: float, *, compiled: bool) -> None:
+def layer_table(
+    shapes: list[tuple[int, int, int]], device: str, seconds: float, *, compiled: bool
+) -> None:
     """Print the table of layers and whole steps."""
     graph = device == "cuda"
     columns = ["dense", "log-softmax", *(["compiled"] if compiled else []), "stream", "gram"]
@@ -186,7 +188,7 @@ def layer_table(device: str, seconds: float, *, compiled: bool) -> None:
     head += ["AdamW step: dense", "gram", "speed-up"]
     print("\nMilliseconds; *replay* is gram as a CUDA graph.\n" if graph else "\nMilliseconds.\n")
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    for shape in SHAPES[device]:
+    for shape in shapes:
         found = layer_times(shape, device, seconds, compiled=compiled, graph=graph)
         expected = model(*shape)
         cells = [", ".join(map(str, shape)), *(f"{found[name]:.2f}" for name in columns)]
@@ -258,6 +260,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the dense loss compiled as well")
     parser.add_argument("--break-even", action="store_true", help="only where the routes cross")
     parser.add_argument("--dtypes", default="fp32,bf16", help="of the break-even, e.g. fp32,fp64")
+    parser.add_argument("--shapes", nargs="+", help="N,V,D of the table")
     parser.add_argument("--threads", type=int, help="of torch")
     given = parser.parse_args()
     if given.threads:
@@ -271,7 +274,10 @@ def main() -> None:
     if given.break_even:
         break_even(given.device, given.seconds, given.dtypes.split(","))
     else:
-        layer_table(given.device, given.seconds, compiled=given.compile)
+        shapes = SHAPES[given.device]
+        if given.shapes:
+            shapes = [tuple(map(int, shape.split(","))) for shape in given.shapes]
+        layer_table(shapes, given.device, given.seconds, compiled=given.compile)
 
 
 if __name__ == "__main__":
