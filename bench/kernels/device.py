@@ -130,7 +130,8 @@ class Launch:
         transposed_b = transposed_a or kernel["operation"].startswith("de")
         self.keep = (a, b, d, fields)
         self.function = kernels.function(name)
-        params = Params(m=m, n=n, k=k, group=8, scale=1.0, ld_row=m)
+        group = max(2048 // (kernel["m"] * kernel["cluster"]), 1)  # as rust/gpu/src/product.rs
+        params = Params(m=m, n=n, k=k, group=group, scale=1.0, ld_row=m)
         for key, value in fields.items():
             setattr(params, key, value.data_ptr() if isinstance(value, torch.Tensor) else value)
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count

@@ -68,43 +68,74 @@ extern "C" __global__ void __launch_bounds__(256) live_rows(const __grid_constan
 
 // Whether enough rows are live that all that were kept are taken again, the others with coefficients of 0. One block.
 __device__ bool takes_all(const SelectParams& p) {
-  __shared__ int total[2];
-  if (threadIdx.x < 2) total[threadIdx.x] = 0;
-  __syncthreads();
-  for (i64 first = 0; first < p.total; first += 1024) {
-    const i64 row = first + threadIdx.x;
-    const int live = __syncthreads_count(row < p.total && p.live[row] != 0);
-    const int kept = __syncthreads_count(row < p.total && !is_ignored(p.targets, row));
-    if (threadIdx.x == 0) {
-      total[0] += live;
-      total[1] += kept;
-    }
+  __shared__ int total[2][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  int live = 0, kept = 0;
+#pragma unroll 8
+  for (i64 row = threadIdx.x; row < p.total; row += 1024) {
+    live += p.live[row] != 0;
+    kept += !is_ignored(p.targets, row);
   }
-  __syncthreads();  // thread 0 has the totals
-  return total[0] >= p.least * total[1];
+  live = warp_sum(live);
+  kept = warp_sum(kept);
+  if (lane == 0) {
+    total[0][warp] = live;
+    total[1][warp] = kept;
+  }
+  __syncthreads();  // every warp's counts
+  return warp_sum(total[0][lane]) >= p.least * warp_sum(total[1][lane]);
 }
 
-// One block of 1024: an exclusive scan of the flags, 1024 rows at a time.
+// One block of 1024: an exclusive scan of the flags, 8192 rows at a time. Eight loads fly at once: one at a time, the block
+// waits for memory and for itself after every 1024 rows.
 extern "C" __global__ void __launch_bounds__(1024) select_rows(const __grid_constant__ SelectParams p) {
-  __shared__ int warp_total[32];
+  constexpr int kRounds = 8, kWarps = 32;
+  __shared__ int before[kRounds * kWarps];  // live rows of the pass before this round and warp
+  __shared__ int all;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const bool all_kept = p.kept && takes_all(p);
   int base = 0;
-  for (i64 first = 0; p.rows && first < p.total; first += 1024) {
-    const i64 row = first + threadIdx.x;
-    const bool live = row < p.total && (p.live && !all_kept ? p.live[row] != 0 : !is_ignored(p.targets, row));
-    const u32 votes = __ballot_sync(kFullWarp, live);
-    if (lane == 0) warp_total[warp] = __popc(votes);
-    __syncthreads();
-    const int mine = warp_total[lane];
-    int before = lane < warp ? mine : 0, all = mine;
-    before = warp_sum(before);
-    all = warp_sum(all);
-    const int slot = base + before + __popc(votes & ((1u << lane) - 1));
-    if (row < p.total) p.slots[row] = live ? slot : -1;
-    if (live) p.rows[slot] = (int)row;
+  for (i64 first = 0; p.rows && first < p.total; first += 1024 * kRounds) {
+    bool live[kRounds];
+    u32 votes[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; i++) {
+      const i64 row = first + 1024 * i + threadIdx.x;
+      live[i] = row < p.total && (p.live && !all_kept ? p.live[row] != 0 : !is_ignored(p.targets, row));
+    }
+#pragma unroll
+    for (int i = 0; i < kRounds; i++) {
+      votes[i] = __ballot_sync(kFullWarp, live[i]);
+      if (lane == 0) before[kWarps * i + warp] = __popc(votes[i]);
+    }
+    __syncthreads();  // every count is there
+    if (warp == 0) {
+      int mine[kRounds], sum = 0;
+#pragma unroll
+      for (int i = 0; i < kRounds; i++) {
+        mine[i] = sum;
+        sum += before[kRounds * lane + i];
+      }
+      int through = sum;
+#pragma unroll
+      for (int o = 1; o < 32; o *= 2) {
+        const int other = __shfl_up_sync(kFullWarp, through, o);
+        through += lane >= o ? other : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kRounds; i++) before[kRounds * lane + i] = through - sum + mine[i];
+      if (lane == 31) all = through;
+    }
+    __syncthreads();  // every sum is there
+#pragma unroll
+    for (int i = 0; i < kRounds; i++) {
+      const i64 row = first + 1024 * i + threadIdx.x;
+      const int slot = base + before[kWarps * i + warp] + __popc(votes[i] & ((1u << lane) - 1));
+      if (row < p.total) p.slots[row] = live[i] ? slot : -1;
+      if (live[i]) p.rows[slot] = (int)row;
+    }
     base += all;
-    __syncthreads();  // warp_total is written again
+    __syncthreads();  // the next pass writes both again
   }
   if (p.count && threadIdx.x == 0) *p.count = p.rows ? base : (int)p.total;
   if (p.kept && threadIdx.x == 0) {
@@ -131,26 +162,28 @@ extern "C" __global__ void __launch_bounds__(1024) select_rows(const __grid_cons
 // -- packing ----------------------------------------------------------------------------------------------------------
 namespace {
 
+// A warp copies a row; zeros to the pitch.
+template <class T>
+__device__ __forceinline__ void copy_row(T* out, const T* in, i64 stride, int features, i64 pitch, int lane) {
+  constexpr int kPack = 16 / sizeof(T);
+  int d = lane;
+  if (stride == 1 && is_aligned(in) && is_aligned(out)) {
+    const int whole = features / kPack;
+#pragma unroll 4
+    for (int i = lane; i < whole; i += 32) ((uint4*)out)[i] = __ldg((const uint4*)in + i);
+    d += whole * kPack;
+  }
+  for (; d < pitch; d += 32) out[d] = d < features ? in[d * stride] : T{};
+}
+
 // One warp a packed row. T is an unsigned integer of the element's size: nothing is computed.
 template <class T>
 __device__ __forceinline__ void gather(const GatherParams& p) {
   const int slot = (int)row_of_warp(), lane = threadIdx.x & 31, count = live_count(p.list);
   if (slot >= zeroed_rows(count, p.padded)) return;
-  T* out = (T*)p.packed + slot * p.pitch;
-  if (slot >= count) {
-    for (int d = lane; d < p.pitch; d += 32) out[d] = 0;
-    return;
-  }
-  const T* in = row_of<T>(p.source, row_at(p.list, slot));
-  constexpr int kPack = 16 / sizeof(T);
-  if (p.source.feature_stride == 1 && is_aligned(in) && is_aligned(out)) {
-    const int whole = p.features / kPack;
-#pragma unroll 4
-    for (int d = lane; d < whole; d += 32) ((uint4*)out)[d] = __ldg((const uint4*)in + d);
-    for (int d = whole * kPack + lane; d < p.pitch; d += 32) out[d] = d < p.features ? in[d] : (T)0;
-  } else {
-    for (int d = lane; d < p.pitch; d += 32) out[d] = d < p.features ? in[d * p.source.feature_stride] : (T)0;
-  }
+  const bool live = slot < count;
+  const T* in = live ? row_of<T>(p.source, row_at(p.list, slot)) : nullptr;
+  copy_row((T*)p.packed + slot * p.pitch, in, p.source.feature_stride, live ? p.features : 0, p.pitch, lane);
 }
 
 // One warp a row of the target; one block where slices are summed, for there are few rows then. From packed accumulators
@@ -210,7 +243,8 @@ extern "C" __global__ void __launch_bounds__(256) scatter_rows_f64_f64(const __g
 // -- target logits ----------------------------------------------------------------------------------------------------
 namespace {
 
-// One warp a (slot, column). Slots past the live rows fill the neutral reference.
+// One warp a (slot, column). Slots past the live rows fill the neutral reference. Where the products want live rows packed,
+// they are copied on the way.
 template <class T>
 __device__ __forceinline__ void target_logits(const TargetParams& p) {
   using Acc = typename Element<T>::Acc;
@@ -218,6 +252,11 @@ __device__ __forceinline__ void target_logits(const TargetParams& p) {
   const i64 job = blockIdx.x * 8ll + threadIdx.x / 32;
   const i64 slot = job / columns;
   const int k = job - slot * columns, count = live_count(p.list);
+  if (p.packed && k == 0 && slot < zeroed_rows(count, p.padded)) {
+    const bool live = slot < count;
+    const T* in = live ? row_of<T>(p.input, row_at(p.list, (int)slot)) : nullptr;
+    copy_row((T*)p.packed + slot * p.pitch, in, p.input.feature_stride, live ? p.features : 0, p.pitch, lane);
+  }
   if (slot >= count) {
     if (lane == 0 && k == 0 && slot < p.padded) {
       if (p.reference) p.reference[slot] = infinity();

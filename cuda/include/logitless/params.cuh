@@ -164,10 +164,12 @@ struct TargetParams {
   int* target;       // (padded) or null: the class, -1 for none
   double scale, softcap;
   const void* scale_at;  // device: logit_scale in accumulators; null: `scale`
+  void* packed;      // null, or what gather_rows would make of the list
+  i64 pitch;         // its elements a row
   int features;
   int padded;        // entries of reference and target
 };
-static_assert(sizeof(TargetParams) == 224, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(TargetParams) == 240, "mirror rust/gpu/src/params.rs");
 
 // finish_online, finish_fixed, finish_full: partials of the class tiles to outputs, in a fixed order.
 struct FinishParams {

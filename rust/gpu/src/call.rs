@@ -4,7 +4,7 @@ use logitless_core::{DType, Error, Gradients, Problem, Spec, Tensor, wanted};
 
 use crate::error::Result;
 use crate::launch::{Stream, suffix};
-use crate::layout::{ListBuffers, padded};
+use crate::layout::{ListBuffers, padded, pitch};
 use crate::params::{self, AnyMatrix, Fields, RowList, RowView, Targets};
 use crate::plan::Plan;
 use crate::product::Matrix;
@@ -195,12 +195,14 @@ impl<'a> Call<'a> {
     }
 
     /// Logits of the target classes, to `out` (N, K); the first column also to the lists of slots.
+    /// `pack`: 0, or where live rows are packed as by [`Call::gather`].
     pub unsafe fn target_logits(
         &self,
         list: RowList,
         out: usize,
         reference: usize,
         target: usize,
+        pack: usize,
     ) -> Result<()> {
         let targets = self.targets();
         let slots = padded(self.rows);
@@ -216,6 +218,8 @@ impl<'a> Call<'a> {
             scale: self.problem.logit_scale,
             softcap: self.problem.softcap,
             scale_at: self.scale_at,
+            packed: pack,
+            pitch: pitch(self.features, self.dtype) as i64,
             features: self.features as i32,
             padded: slots as i32,
         };

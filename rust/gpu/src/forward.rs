@@ -85,9 +85,12 @@ pub unsafe fn forward(
     let run = Forward { call: &call, g: &g, layout: &layout, outputs };
     // SAFETY: the caller's promise, and buffers laid out for this geometry.
     unsafe {
-        let (list, input) = select(&call, layout.list, layout.packed)?;
+        let targets = run.wants_targets();
+        let (list, input, pack) = select(&call, layout.list, layout.packed, targets)?;
         let bias = call.widen_bias(layout.bias)?;
-        run.targets(list)?;
+        if targets {
+            run.targets(list, pack)?;
+        }
         match plan.path {
             Path::Fused { planes } => run.fused(planes, list, input, bias),
             Path::Tiled => run.tiled(list, input, bias),
@@ -134,12 +137,17 @@ impl Forward<'_> {
         self.call.fields(self.outputs.iter().map(Some))
     }
 
+    /// Whether `targets` has something to do: the logits are asked for, or the products want the
+    /// classes of one target a row.
+    fn wants_targets(&self) -> bool {
+        let columns = self.call.targets().columns;
+        let fused = self.g.path != Path::Tiled;
+        columns > 0 && (self.fields().target != 0 || (fused && columns == 1))
+    }
+
     /// Logits of the targets. Ignored rows of the output are 0.
-    unsafe fn targets(&self, list: RowList) -> Result<()> {
+    unsafe fn targets(&self, list: RowList, pack: usize) -> Result<()> {
         let call = self.call;
-        if call.targets().columns == 0 {
-            return Ok(());
-        }
         let mut out = self.fields().target;
         if list.slots != 0 && out != 0 {
             let bytes = call.rows * call.spec.targets() * call.acc.size();
@@ -147,16 +155,13 @@ impl Forward<'_> {
             unsafe { call.stream.zero(out, bytes)? };
         }
         if out == 0 {
-            // Not asked for; the classes are. The reference's buffer takes the logits of one column.
-            if call.spec.targets() > 1 || self.g.path == Path::Tiled {
-                return Ok(());
-            }
+            // Not asked for; the classes are. The partials' buffer takes the logits of one column.
             out = self.layout.part;
         }
         let fused = self.g.path != Path::Tiled;
         let lists = if fused { (self.layout.reference, self.layout.target) } else { (0, 0) };
         // SAFETY: buffers of the layout.
-        unsafe { call.target_logits(list, out, lists.0, lists.1) }
+        unsafe { call.target_logits(list, out, lists.0, lists.1, pack) }
     }
 
     /// Partials from the epilogue of E Wᵀ, then their fold.
@@ -269,38 +274,42 @@ impl Forward<'_> {
     }
 }
 
-/// The rows that are not ignored, and a matrix of them that products can read.
+/// The rows that take part, and the input as products read it.
+///
+/// With `later`, the third value is where [`Call::target_logits`] still has to pack the live rows,
+/// on its way over them, or 0.
 pub(crate) unsafe fn select(
     call: &Call,
     buffers: ListBuffers,
     packed: usize,
-) -> Result<(RowList, Matrix)> {
+    later: bool,
+) -> Result<(RowList, Matrix, usize)> {
     let packed =
         Matrix::packed(packed, call.dtype, call.features, pitch(call.features, call.dtype));
-    if call.targets().has_ignore == 0 {
-        let readable = |input: &Matrix| call.dtype == DType::F64 || input.describable();
-        if let Some(input) = call.input_matrix().filter(readable) {
-            return Ok((call.all_rows(), input));
-        }
-        // SAFETY: a buffer of the layout.
-        unsafe { call.gather(call.all_rows(), packed, padded(call.rows))? };
-        return Ok((call.all_rows(), packed));
+    let all = call.targets().has_ignore == 0;
+    let readable = |input: &Matrix| call.dtype == DType::F64 || input.describable();
+    if all && let Some(input) = call.input_matrix().filter(readable) {
+        return Ok((call.all_rows(), input, 0));
     }
-    let select = params::Select {
-        targets: call.targets(),
-        rows: buffers.rows,
-        slots: buffers.slots,
-        count: buffers.count,
-        total: call.rows as i64,
-        ..params::Select::default()
-    };
-    let list = call.live_rows(buffers);
+    let list = if all { call.all_rows() } else { call.live_rows(buffers) };
     // SAFETY: buffers of the layout.
     unsafe {
-        call.stream.launch("select_rows", (1, 1), 1024, 0, &select)?;
-        call.gather(list, packed, padded(call.rows))?;
+        if !all {
+            let select = params::Select {
+                targets: call.targets(),
+                rows: buffers.rows,
+                slots: buffers.slots,
+                count: buffers.count,
+                total: call.rows as i64,
+                ..params::Select::default()
+            };
+            call.stream.launch("select_rows", (1, 1), 1024, 0, &select)?;
+        }
+        if !later {
+            call.gather(list, packed, padded(call.rows))?;
+        }
     }
-    Ok((list, packed))
+    Ok((list, packed, if later { packed.address } else { 0 }))
 }
 
 /// A tile of logits of live rows and classes `chunk.0 .. chunk.0 + chunk.1`.

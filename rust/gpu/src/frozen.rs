@@ -175,13 +175,13 @@ pub(crate) unsafe fn forward(
     let layout = Layout::lay(&mut Arena::at(workspace), g, call.plan.chunks.0);
     // SAFETY: all of it: operands checked, buffers of the layouts.
     unsafe {
-        let (list, input) = select(call, store.list, layout.packed)?;
+        let (list, input, pack) = select(call, store.list, layout.packed, true)?;
         let bias = call.widen_bias(layout.bias)?;
         if list.slots != 0 && out.target != 0 {
             call.stream.zero(out.target, call.rows * F32)?;
         }
         let logits = if out.target == 0 { layout.logits } else { out.target };
-        call.target_logits(list, logits, store.reference, layout.target)?;
+        call.target_logits(list, logits, store.reference, layout.target, pack)?;
         call.stream.zero(layout.flags, F32 * call.rows.div_ceil(256))?;
         let run = Forward { call, g, store, layout, list, input, bias, rest: out.rest };
         run.accumulate(0)?;

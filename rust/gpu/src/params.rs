@@ -226,10 +226,12 @@ pub struct TargetLogits {
     pub scale: f64,
     pub softcap: f64,
     pub scale_at: usize,
+    pub packed: usize,
+    pub pitch: i64,
     pub features: i32,
     pub padded: i32,
 }
-const _: () = assert!(size_of::<TargetLogits>() == 224);
+const _: () = assert!(size_of::<TargetLogits>() == 240);
 
 /// `finish_online`, `finish_fixed`, `finish_full`.
 #[derive(Clone, Copy, Debug, Default)]

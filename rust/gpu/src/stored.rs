@@ -113,13 +113,13 @@ pub(crate) unsafe fn forward(
     }
     // SAFETY: all of it: operands checked, buffers of the layouts.
     unsafe {
-        let (list, input) = select(call, store.list, layout.packed)?;
+        let (list, input, pack) = select(call, store.list, layout.packed, true)?;
         let bias = call.widen_bias(layout.bias)?;
         if list.slots != 0 && out.target != 0 {
             call.stream.zero(out.target, call.rows * F32)?;
         }
         let logits = if out.target == 0 { layout.logits } else { out.target };
-        call.target_logits(list, logits, store.reference, store.target)?;
+        call.target_logits(list, logits, store.reference, store.target, pack)?;
         let pieces = kept(call, g, &store, lent);
         let run = Forward { call, g, store: &store, layout: &layout, list, input, bias };
         let left = call.classes - pieces.iter().map(|piece| piece.count).sum::<usize>();
