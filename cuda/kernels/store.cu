@@ -1,8 +1,9 @@
 // store.cu - the row kernels of the stored mode: X = bf16(e^(z - reference) dz/dx) is kept from the forward to the backward.
 //
 // A row's gradient of the logits is factor X off the target and g_target at it, with factor = g_rest e^(reference - rest).
-//   dE = scale (factor (X W) + g_target W[y])     the target's part in float, in the product's epilogue: X[y] is 0
-//   dW = Xᵀ (scale factor E)                      X[y] holds g_target / factor while this product runs, and is 0 again after
+// X[y] is 0: what belongs to the targets is added in float, in the products' epilogues.
+//   dE = scale (factor (X W) + g_target W[y])
+//   dW = Xᵀ (scale factor E), and to row c scale g_target E of every row whose target is c
 #include "logitless/common.cuh"
 #include "logitless/statistics/rest.cuh"
 
@@ -180,10 +181,72 @@ extern "C" __global__ void __launch_bounds__(256) scale_rows_bf16(const __grid_c
     out[d] = d < g.features ? Element<bf16>::from(factor * widen(in[d * g.source.feature_stride])) : bf16{0};
 }
 
-extern "C" __global__ void __launch_bounds__(256) set_targets_bf16(const __grid_constant__ SetTargetsParams p) {
-  const int slot = blockIdx.x * 256 + threadIdx.x;
-  if (slot >= live_count(p.list) || p.target[slot] < 0) return;
-  ((bf16*)p.x)[slot * p.pitch + p.target[slot]] = Element<bf16>::from(p.value ? p.value[slot] : 0.f);
+// A block makes the lists of 512 classes: its warps count their shares of the slots, and write them where the counts say.
+// Integer counts only, and every warp goes through its share in order: the same lists every time. 17 KB of shared memory.
+extern "C" __global__ void __launch_bounds__(256) list_targets(const __grid_constant__ ListTargetsParams p) {
+  constexpr int kClasses = 512, kWarps = 8;
+  __shared__ int cursor[kWarps][kClasses];  // counts, then where the warp's next entry of the class goes
+  __shared__ int lower[kWarps], warp_total[kWarps];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, low = blockIdx.x * kClasses;
+  const int count = live_count(p.list), share = (count + 32 * kWarps - 1) / (32 * kWarps) * 32;
+  const int begin = min(warp * share, count), end = min(begin + share, count);
+  for (int i = threadIdx.x; i < kWarps * kClasses; i += 256) (&cursor[0][0])[i] = 0;
+  __syncthreads();  // zeros before counts
+
+  int before = 0;
+#pragma unroll 4
+  for (int i = begin + lane; i < end; i += 32) {
+    const int t = p.target[i];
+    if (t >= low && t < low + kClasses) atomicAdd(&cursor[warp][t - low], 1);
+    before += t >= 0 && t < low;
+  }
+  before = warp_sum(before);
+  if (lane == 0) lower[warp] = before;
+  __syncthreads();  // every warp's counts
+
+  int both[2] = {0, 0};  // each thread has two neighbouring classes
+#pragma unroll
+  for (int c = 0; c < 2; c++)
+    for (int w = 0; w < kWarps; w++) both[c] += cursor[w][2 * threadIdx.x + c];
+  int through = both[0] + both[1];
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2) {
+    const int other = __shfl_up_sync(kFullWarp, through, o);
+    through += lane >= o ? other : 0;
+  }
+  if (lane == 31) warp_total[warp] = through;
+  __syncthreads();  // every warp's total
+  int at = through - both[0] - both[1];
+  for (int w = 0; w < kWarps; w++) at += lower[w] + (w < warp ? warp_total[w] : 0);
+#pragma unroll
+  for (int c = 0; c < 2; c++) {
+    const int i = 2 * threadIdx.x + c;
+    if (low + i <= p.classes) p.start[low + i] = at;  // one past the last class: the end of its list
+    for (int w = 0; w < kWarps; w++) {
+      const int mine = cursor[w][i];
+      cursor[w][i] = at;
+      at += mine;
+    }
+  }
+  __syncthreads();  // every cursor
+
+  for (int first = begin; first < end; first += 32) {
+    const int i = first + lane, t = i < end ? p.target[i] : -1;
+    const bool mine = t >= low && t < low + kClasses;
+    const u32 any = __ballot_sync(kFullWarp, mine);
+    if (!any) continue;
+    const u32 same = __match_any_sync(kFullWarp, mine ? t : -1);
+    const int rank = __popc(same & ((1u << lane) - 1));
+    int to = 0;
+    if (mine) to = cursor[warp][t - low] + rank;
+    __syncwarp();  // read before the first of the equals moves it
+    if (mine && rank == 0) cursor[warp][t - low] += __popc(same);
+    __syncwarp();  // moved before the next 32
+    if (mine) {
+      p.rows[to] = p.by_slot ? i : (int)row_at(p.list, i);
+      p.values[to] = p.value[i];
+    }
+  }
 }
 
 namespace {

@@ -294,7 +294,7 @@ struct FactorParams {
   const float* reference;                 // (slots)
   float *factor;                          // X of slot i times this is its gradient of the logits off the target
   float *input_factor, *target_factor;    // the same times logit_scale, and g_target times logit_scale: dE
-  float *ratio;                           // what X holds at the target while dW is made
+  float *ratio;                           // g_target / factor: the target as an entry of X
   const float* scale_at;
   float scale, softcap;
   int padded, reserved;
@@ -311,15 +311,18 @@ struct ScaleParams {
 };
 static_assert(sizeof(ScaleParams) == 120, "mirror rust/gpu/src/params.rs");
 
-// set_targets: X at the target of each slot.
-struct SetTargetsParams {
+// list_targets: the slots by the class of their target, ascending within a class, for the epilogue of dW.
+struct ListTargetsParams {
   RowList list;
-  const int* target;     // (slots)
-  const float* value;    // (slots), or null: 0
-  void* x;
-  i64 pitch;
+  const int* target;     // (slots), -1 for none
+  const float* value;    // (slots)
+  int* start;            // (classes + 1) where each class begins in the lists
+  int* rows;             // (slots) its rows: those of the caller's input, or slots
+  float* values;         // (slots)
+  int classes;
+  int by_slot;
 };
-static_assert(sizeof(SetTargetsParams) == 64, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ListTargetsParams) == 80, "mirror rust/gpu/src/params.rs");
 
 // merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes; and the entropy.
 struct MergeRestParams {

@@ -395,6 +395,8 @@ pub(crate) struct StoredBackwardLayout {
     pub input_factor: usize,
     pub target_factor: usize,
     pub ratio: usize,
+    /// Lists of rows by class: where each begins, rows, values.
+    pub lists: [usize; 3],
     /// Sums of each slice of the classes; nothing where there is one.
     pub sums: usize,
     /// Scaled input, then, where it cannot be written in place, the packed gradient of the input.
@@ -405,9 +407,11 @@ impl StoredBackwardLayout {
     pub fn lay(arena: &mut Arena, g: &Geometry) -> StoredBackwardLayout {
         let mut plane = || arena.take("coefficients", 4 * padded(g.rows));
         let [factor, input_factor, target_factor, ratio] = [plane(), plane(), plane(), plane()];
+        let (rows, values) = (plane(), plane());
+        let lists = [arena.take("targets", 4 * (g.classes + 1)), rows, values];
         let sums = if g.slices > 1 { g.slices * g.sums_bytes() } else { 0 };
         let sums = arena.take("input sums", sums);
         let packed = arena.take("packed input", g.packed_bytes());
-        StoredBackwardLayout { factor, input_factor, target_factor, ratio, sums, packed }
+        StoredBackwardLayout { factor, input_factor, target_factor, ratio, lists, sums, packed }
     }
 }

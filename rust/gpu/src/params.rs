@@ -420,17 +420,20 @@ pub struct Scale {
 }
 const _: () = assert!(size_of::<Scale>() == 120);
 
-/// `set_targets_bf16`.
+/// `list_targets`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
-pub struct SetTargets {
+pub struct ListTargets {
     pub list: RowList,
     pub target: usize,
     pub value: usize,
-    pub x: usize,
-    pub pitch: i64,
+    pub start: usize,
+    pub rows: usize,
+    pub values: usize,
+    pub classes: i32,
+    pub by_slot: i32,
 }
-const _: () = assert!(size_of::<SetTargets>() == 64);
+const _: () = assert!(size_of::<ListTargets>() == 80);
 
 /// `merge_rest`.
 #[derive(Clone, Copy, Debug, Default)]

@@ -284,7 +284,8 @@ pub(crate) struct Stored<'a> {
 }
 
 impl Stored<'_> {
-    /// dW first, while X holds the targets' part; then dE, whose targets' part is added in float.
+    /// dW first: dE may be packed over the scaled input, which dW reads. The targets' parts of both
+    /// are added in float.
     pub unsafe fn backward(&self, store: usize, workspace: usize) -> Result<()> {
         let (call, g) = (self.call, self.g);
         let store = StoreLayout::lay(&mut Arena::at(store), g);
@@ -304,11 +305,9 @@ impl Stored<'_> {
         // SAFETY: all of it: operands checked, buffers of the layouts.
         unsafe {
             self.factors(list, &store, &layout)?;
-            self.set_targets(list, &store, layout.ratio)?;
             self.scaled_input(list, packed, layout.factor)?;
-            self.weight_gradient(list, x, packed)?;
+            self.weight_gradient(list, x, packed, &store, &layout)?;
             self.bias_gradient(list, x, &store, &layout)?;
-            self.set_targets(list, &store, 0)?;
             self.input_gradient(list, x, packed, &store, &layout)
         }
     }
@@ -342,21 +341,6 @@ impl Stored<'_> {
         unsafe { call.stream.launch("store_factors", (rows.div_ceil(256), 1), 256, 0, &params) }
     }
 
-    unsafe fn set_targets(&self, list: RowList, store: &StoreLayout, value: usize) -> Result<()> {
-        let pitch = self.g.store_pitch() as i64;
-        let params = params::SetTargets { list, target: store.target, value, x: store.x, pitch };
-        // SAFETY: buffers of the layouts.
-        unsafe {
-            self.call.stream.launch(
-                "set_targets_bf16",
-                (self.call.rows.div_ceil(256), 1),
-                256,
-                0,
-                &params,
-            )
-        }
-    }
-
     unsafe fn scaled_input(&self, list: RowList, packed: Matrix, factor: usize) -> Result<()> {
         let (call, rows) = (self.call, padded(self.call.rows));
         let gather = params::Gather {
@@ -378,7 +362,14 @@ impl Stored<'_> {
         unsafe { call.stream.launch("scale_rows_bf16", (rows.div_ceil(8), 1), 256, 0, &params) }
     }
 
-    unsafe fn weight_gradient(&self, list: RowList, x: Matrix, scaled: Matrix) -> Result<()> {
+    unsafe fn weight_gradient(
+        &self,
+        list: RowList,
+        x: Matrix,
+        scaled: Matrix,
+        store: &StoreLayout,
+        layout: &StoredBackwardLayout,
+    ) -> Result<()> {
         let (call, Some(d_weight)) = (self.call, &self.gradients.weight) else { return Ok(()) };
         let out = Matrix::of(d_weight);
         if !out.describable() {
@@ -390,9 +381,31 @@ impl Stored<'_> {
             ));
         }
         let operation = if out.dtype == call.dtype { Operation::Dw } else { Operation::DwF32 };
+        // The input as it came, where rows can be read in pairs; else the scaled one: rounded twice.
+        let paired = |m: &Matrix| {
+            m.column_stride == 1 && m.row_stride % 2 == 0 && m.address.is_multiple_of(4)
+        };
+        let whole = call.input_matrix().filter(paired);
+        let [start, rows, values] = layout.lists;
+        let lists = params::ListTargets {
+            list,
+            target: store.target,
+            value: if whole.is_some() { layout.target_factor } else { layout.ratio },
+            start,
+            rows,
+            values,
+            classes: call.classes as i32,
+            by_slot: i32::from(whole.is_none()),
+        };
+        let source = whole.unwrap_or(scaled);
         let epilogue = params::Gemm {
             count: list.count,
             count_is_k: 1,
+            onehot_w: source.address,
+            onehot_ld: source.row_stride,
+            onehot_g: values,
+            onehot_start: start,
+            onehot_rows: rows,
             m: call.classes as i32,
             n: call.features as i32,
             k: call.rows as i32,
@@ -401,8 +414,10 @@ impl Stored<'_> {
             ..params::Gemm::default()
         };
         let choice = kernel(call, operation, call.classes, call.features);
+        let blocks = (call.classes + 1).div_ceil(512);
         // SAFETY: operands checked, buffers of the layouts.
         unsafe {
+            call.stream.launch("list_targets", (blocks, 1), 256, 0, &lists)?;
             tensor_cores(
                 call.stream,
                 operation,
