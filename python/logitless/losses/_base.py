@@ -187,8 +187,8 @@ class Definition:
             head = head(**{name: hyper[name] for name in self.head_names})
         return _heads.resolve(head)
 
-    def losses(self, s: RowStatistics, hyper: dict[str, Any], kept: Tensor | None) -> Tensor:
-        """Run the function on the rows: one loss each, skipped rows 0."""
+    def losses(self, s: RowStatistics, hyper: dict[str, Any]) -> Tensor:
+        """Run the function on the rows: one loss each, anything for skipped rows."""
         own = {name: hyper[name] for name in hyper if name not in self.compute_names}
         values = self.function(s, **own)
         expected = tuple(s.kept.shape)
@@ -197,7 +197,7 @@ class Definition:
                 f"{self.function.__name__} returned shape {tuple(values.shape)}: expected "
                 f"{expected}, one loss a row; reduce class, power and target axes inside it"
             )
-        return masked(values, kept)
+        return values
 
 
 def row_loss(
@@ -390,7 +390,7 @@ def _make(definition: Definition) -> RowLoss:
         for name in definition.per_row:
             if hyper[name] is not None:
                 hyper[name] = masked(hyper[name], kept)
-        losses = definition.losses(s, hyper, kept)
+        losses = definition.losses(s, hyper)
         result = reduce(losses, kept, reduction, row_weight, denominator)
         return (result, s) if return_statistics else result
 
@@ -401,7 +401,7 @@ def _make(definition: Definition) -> RowLoss:
             if hyper[name] is not None:
                 _check.check_per_row(name, tuple(hyper[name].shape), tuple(kept.shape))
                 hyper[name] = masked(hyper[name], kept)
-        return definition.losses(statistics, hyper, kept)
+        return masked(definition.losses(statistics, hyper), kept)
 
     function = definition.function
     made: Any = loss
