@@ -109,6 +109,30 @@ def test_tiled_bias_of_cancelling_columns(name: str) -> None:
     assert ((d_bias.double() - expected).abs() <= (FLOAT + rounding) * expected).all()
 
 
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_tiled_scale_of_cancelling_rows(name: str, softcap: float | None) -> None:
+    """Two targets, one of them padding, go through tiles; a cross entropy's gradient cancels."""
+    n, d, v = 500, 48, 3000
+    e, w, b = make(n, d, v, getattr(torch, name))
+    scale = torch.tensor(0.9, device="cuda", requires_grad=True)
+    wide = [t.detach().double() for t in (e, w, b)]
+    factor = torch.tensor(0.9, device="cuda").double().requires_grad_()
+    products = wide[0] @ wide[1].T
+    z = factor * products + wide[2]
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    y, p = typical(z.detach(), n)
+    ids = torch.stack([y, torch.full_like(y, -100)], 1)
+    s = logitless.row_statistics(
+        e, w, ids, linear_bias=b, logit_scale=scale, softcap=softcap, ignore_index=-100
+    )
+    loss = torch.nn.functional.softplus(s.rest - s.target[:, 0]).sum()
+    (d_scale,) = torch.autograd.grad(loss, [scale])
+    total = torch.nn.functional.cross_entropy(z, y, reduction="sum")
+    (expected,) = torch.autograd.grad(total, [factor])
+    assert (d_scale.double() - expected).abs() <= FLOAT * (p * products.abs()).sum()
+
+
 @pytest.mark.parametrize("memory", ["lean", "fast"])
 @pytest.mark.parametrize("rows", [1, 7, 128, 300, 700])
 @pytest.mark.parametrize("name", ["bfloat16", "float16", "float32"])

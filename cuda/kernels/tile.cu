@@ -348,6 +348,7 @@ __device__ __forceinline__ void tile_gradient(const TileParams& p) {
   const int slot = blockIdx.x, count = live_count(p.list);
   T* out = (T*)p.dx + (i64)slot * p.dx_pitch;
   if (slot >= count) {
+    if (p.dots && p.first && threadIdx.x == 0 && slot < p.list.total) p.dots[slot] = 0.;
     if (slot < zeroed_rows(count, p.padded))
       for (int j = threadIdx.x; j < p.dx_pitch; j += kThreads) out[j] = Element<T>::from((Acc)0);
     return;
@@ -375,6 +376,8 @@ __device__ __forceinline__ void tile_gradient(const TileParams& p) {
   const Acc* from = (const Acc*)p.z + (i64)slot * p.z_pitch;
   const bool exponentials = p.grad.rest || p.grad.entropy || p.grad.weighted_rest || has_bad_id(p.targets, row);
   const Acc slope = p.softcap > 0. ? (Acc)1 / (Acc)p.softcap : (Acc)0;
+  const Acc scale = p.scale_at ? *(const Acc*)p.scale_at : (Acc)p.scale;
+  Sum<double> dot = {0.};
   for (int at = 0; at < p.width; at += kPiece) {
     const int n = min(kPiece, p.width - at);
     const i64 class0 = p.column0 + at;
@@ -387,7 +390,8 @@ __device__ __forceinline__ void tile_gradient(const TileParams& p) {
     }
     __syncthreads();
     for (int j = threadIdx.x; j < n; j += kThreads) {
-      const Acc x = from[at + j];
+      Acc x = from[at + j];
+      if (p.dots) x = logit_map(x, scale, p.bias ? ((const Acc*)p.bias)[at + j] : (Acc)0, (Acc)p.softcap);
       const bool rest = !is_target(outside, j);
       Acc g = s.sum;
       if (s.sum_sq != (Acc)0) g += s.sum_sq * x;
@@ -449,11 +453,16 @@ __device__ __forceinline__ void tile_gradient(const TileParams& p) {
         g *= (Acc)1 - ratio * ratio;
       }
       out[at + j] = Element<T>::from(g);
+      if (p.dots && g != (Acc)0) dot.value += (double)g * (double)from[at + j];
       // Sums over rows read it unrounded; this piece of z has been read.
       if (p.keep) ((Acc*)p.z)[(i64)slot * p.z_pitch + at + j] = g;
     }
   }
   for (int j = p.width + threadIdx.x; j < p.dx_pitch; j += kThreads) out[j] = Element<T>::from((Acc)0);
+  if (!p.dots) return;
+  __shared__ __align__(16) unsigned char scratch[kThreads / 32 * sizeof(double)];
+  dot = block_merge(dot, scratch);
+  if (threadIdx.x == 0) p.dots[slot] = (p.first ? 0. : p.dots[slot]) + dot.value;
 }
 
 }  // namespace

@@ -418,6 +418,10 @@ struct TileParams {
   AnyMatrix d_dense;     // its gradient
   const Scalars* scalars;
   double softcap;
+  const void* bias;      // with dots: (width) accumulators, or null
+  const void* scale_at;  // with dots: device: logit_scale; null: `scale`
+  double scale;
+  double* dots;          // (slots) sums of dz/dx times the product, or null: z then holds products, not logits
   i64 column0;           // class of column 0
   int width, state_size;
   int first, last;       // first and last tile of the classes
@@ -427,7 +431,7 @@ struct TileParams {
   int padded;            // rows of dx to fill with zeros past the live ones
   int keep;              // gradient: also left in z, in accumulators
 };
-static_assert(sizeof(TileParams) == 560, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(TileParams) == 592, "mirror rust/gpu/src/params.rs");
 
 // Bits of TileParams::mask.
 enum Statistic {

@@ -346,7 +346,8 @@ impl Backward<'_> {
         // Kept exponentials have been.
         let float = |address| Matrix::packed(address, DType::F32, count, self.width);
         let kept = self.pieces.iter().any(|piece| piece.first == first);
-        let (tile, group) = if self.unrounded() && !kept {
+        let fused = self.call.plan.path != Path::Tiled;
+        let (tile, group) = if self.unrounded() && fused && !kept {
             (float(self.layout.columns), 16)
         } else if self.keeps() {
             (float(self.layout.z), 1)
@@ -482,7 +483,7 @@ impl Backward<'_> {
     /// Adds the chunk's share of Σ dx (E Wᵀ) to each row's, where the tile came with its sums.
     unsafe fn scale_blocks(&self, first: usize, count: usize) -> Result<()> {
         let call = self.call;
-        if self.gradients.scale.is_none() || !self.unrounded() {
+        if self.gradients.scale.is_none() || !self.unrounded() || call.plan.path == Path::Tiled {
             return Ok(());
         }
         let facts = &call.stream.device.facts;

@@ -7,7 +7,7 @@ use crate::launch::{Stream, suffix};
 use crate::layout::{ListBuffers, padded, pitch};
 use crate::params::{self, AnyMatrix, Fields, RowList, RowView, Targets};
 use crate::plan::Plan;
-use crate::product::Matrix;
+use crate::product::{LogitMap, Matrix};
 
 /// A problem whose operands fit one another and the plan.
 pub(crate) struct Call<'a> {
@@ -130,6 +130,12 @@ impl<'a> Call<'a> {
     /// Whether the logits are more than scaled products.
     pub fn mapped(&self) -> bool {
         self.problem.bias.is_some() || self.problem.softcap > 0.0
+    }
+
+    /// From products to logits; `bias` in accumulators, or 0.
+    pub fn map(&self, bias: usize) -> LogitMap {
+        let (scale, softcap) = (self.problem.logit_scale, self.problem.softcap);
+        LogitMap { scale, scale_at: self.scale_at, softcap, bias }
     }
 
     /// Copies live rows to the front of `packed`, zeros behind them.

@@ -266,7 +266,7 @@ impl Forward<'_> {
             // SAFETY: operands checked, buffers of the layout.
             unsafe {
                 let weight = call.weight_rows(first, count, copy)?;
-                logits(call, list, input, weight, z, bias, (first, count))?;
+                logits(call, list, input, weight, z, call.map(bias), (first, count))?;
                 call.stream.launch(&name, (call.rows, 1), 256, 16 * params.topk as u32, &params)?;
             }
         }
@@ -319,20 +319,15 @@ pub(crate) unsafe fn logits(
     input: Matrix,
     weight: Matrix,
     z: Matrix,
-    bias: usize,
+    map: LogitMap,
     chunk: (usize, usize),
 ) -> Result<()> {
     let (first, count) = chunk;
-    let bias = if bias == 0 { 0 } else { bias + call.acc.size() * first };
+    let bias = if map.bias == 0 { 0 } else { map.bias + call.acc.size() * first };
+    let mapped = bias != 0 || map.softcap > 0.0;
     let operands = Operands { a: input, b: weight, d: Some(z) };
-    let choice = choose(
-        &call.stream.device.facts,
-        Operation::Logits,
-        call.dtype,
-        call.mapped(),
-        call.rows,
-        count,
-    );
+    let choice =
+        choose(&call.stream.device.facts, Operation::Logits, call.dtype, mapped, call.rows, count);
     match choice.filter(|_| input.describable() && weight.describable()) {
         Some(choice) => {
             let epilogue = params::Gemm {
@@ -343,9 +338,9 @@ pub(crate) unsafe fn logits(
                 k: call.features as i32,
                 ld_row: padded(call.rows) as i32,
                 col0: first as i32,
-                scale: call.problem.logit_scale as f32,
-                scale_at: call.scale_at,
-                softcap: call.problem.softcap as f32,
+                scale: map.scale as f32,
+                scale_at: map.scale_at,
+                softcap: map.softcap as f32,
                 ..params::Gemm::default()
             };
             // SAFETY: the caller's promise.
@@ -357,12 +352,7 @@ pub(crate) unsafe fn logits(
                 n: count,
                 k: call.features,
                 count: list.count,
-                logits: Some(LogitMap {
-                    scale: call.problem.logit_scale,
-                    scale_at: call.scale_at,
-                    softcap: call.problem.softcap,
-                    bias,
-                }),
+                logits: Some(LogitMap { bias, ..map }),
                 ..PlainEpilogue::default()
             };
             // SAFETY: the caller's promise.

@@ -248,7 +248,8 @@ impl BackwardLayout {
         let bias = arena.take("bias", acc * g.classes);
         let dots = arena.take("coefficients", if g.wants(wanted::SCALE) { 8 * g.rows } else { 0 });
         let packed = (!borrow).then(|| arena.take("packed input", g.packed_bytes()));
-        let sums_of = |gradient, bytes| if g.unrounded && g.wants(gradient) { bytes } else { 0 };
+        let with_tile = g.unrounded && g.path != Path::Tiled;
+        let sums_of = |gradient, bytes| if with_tile && g.wants(gradient) { bytes } else { 0 };
         let columns = arena.take("coefficients", sums_of(wanted::BIAS, 4 * (rows / 16) * width));
         let block_dots =
             arena.take("coefficients", sums_of(wanted::SCALE, 4 * rows * width.div_ceil(64)));

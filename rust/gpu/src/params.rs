@@ -530,6 +530,10 @@ pub struct Tile {
     pub d_dense: AnyMatrix,
     pub scalars: usize,
     pub softcap: f64,
+    pub bias: usize,
+    pub scale_at: usize,
+    pub scale: f64,
+    pub dots: usize,
     pub column0: i64,
     pub width: i32,
     pub state_size: i32,
@@ -543,7 +547,7 @@ pub struct Tile {
     pub padded: i32,
     pub keep: i32,
 }
-const _: () = assert!(size_of::<Tile>() == 560);
+const _: () = assert!(size_of::<Tile>() == 592);
 
 /// Exponents that one call takes.
 pub const MAX_POWERS: usize = 8;

@@ -172,12 +172,10 @@ pub(crate) fn plan_for(
         blocks: Blocks::default(),
     };
     let sums = gradients & (wanted::BIAS | wanted::SCALE) != 0;
-    // The cotangent of `max` is added to the rounded tile.
-    plan.unrounded = sums
-        && path != Path::Tiled
-        && dtype != dtype.accumulator()
-        && !spec.statistics().any(|name| name == "max")
+    // A fused tile gets the cotangent of `max` when it has been rounded.
+    let with_tile = !spec.statistics().any(|name| name == "max")
         && exists(facts, Operation::GradientSums, dtype);
+    plan.unrounded = sums && dtype != dtype.accumulator() && (path == Path::Tiled || with_tile);
     // d(logit_scale) may read the sums; a chunk of the classes keeps the slices of all.
     if gradients & wanted::INPUT != 0 && (gradients & wanted::SCALE == 0 || plan.unrounded) {
         plan.slices = slices(facts, dtype, (rows, features, classes));

@@ -11,7 +11,7 @@ use crate::launch::suffix;
 use crate::layout::padded;
 use crate::params;
 use crate::plan::Path;
-use crate::product::{Matrix, Operands, Operation, choose, tensor_cores};
+use crate::product::{LogitMap, Matrix, Operands, Operation, choose, tensor_cores};
 use crate::share::Lends;
 use crate::stored::Exponentials;
 
@@ -47,7 +47,7 @@ impl Backward<'_> {
         Ok(tile)
     }
 
-    /// Whether the fused tile comes with its sums in float.
+    /// Whether gradients of bias and scale are summed in float while tiles are made.
     pub fn unrounded(&self) -> bool {
         self.call.plan.unrounded
     }
@@ -96,7 +96,8 @@ impl Backward<'_> {
             scale: call.problem.logit_scale as f32,
             scale_at: call.scale_at,
             softcap: call.problem.softcap as f32,
-            shift: flush_shift(call.classes),
+            // Sums are of everything.
+            shift: if self.unrounded() { 0.0 } else { flush_shift(call.classes) },
             ..params::Gemm::default()
         };
         let operands = Operands { a: self.packed, b: weight, d: Some(self.dx()) };
@@ -144,10 +145,26 @@ impl Backward<'_> {
             keep: i32::from(self.keeps()),
             ..call.tile_params()
         };
+        // Where the scale's gradient reads the products, they are stored and the kernel maps them.
+        let products = self.gradients.scale.is_some() && self.unrounded();
+        let params = if products {
+            params::Tile {
+                bias: if bias == 0 { 0 } else { bias + call.acc.size() * first },
+                scale: call.problem.logit_scale,
+                scale_at: call.scale_at,
+                dots: self.layout.dots,
+                first: i32::from(first == 0),
+                ..params
+            }
+        } else {
+            params
+        };
+        let map =
+            if products { LogitMap { scale: 1.0, ..LogitMap::default() } } else { call.map(bias) };
         let name = format!("tile_gradient_{}", suffix(call.dtype));
         // SAFETY: operands checked, buffers of the layout.
         unsafe {
-            logits(call, self.list, self.packed, weight, z, bias, (first, count))?;
+            logits(call, self.list, self.packed, weight, z, map, (first, count))?;
             call.stream.launch(&name, (padded(call.rows), 1), 256, 0, &params)
         }
     }
