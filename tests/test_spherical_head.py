@@ -363,6 +363,37 @@ def test_bad_inputs_are_refused():
         head.lr = float("inf")
 
 
+def test_a_forward_out_of_date_is_refused():
+    head, h, y = small()
+    stale = head(h, y)
+    head(h, y).backward()
+    head.step()
+    with pytest.raises(RuntimeError, match="call backward before step"):
+        stale.backward()
+
+
+def test_padded_rows_may_be_zero():
+    head, h, y = small()
+    h[2:4], y[2:4] = 0.0, -100  # σ = 0 there
+    leaf = h.clone().requires_grad_()
+    head(leaf, y).backward()
+    head.step()
+    assert leaf.grad[2:4].eq(0).all()
+    assert head.weight().isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of inductor itself
+def test_compiled_steps():
+    head, h, y = small(compile=True, loss="taylor_softmax", clip_norm=0.05)
+    other, _, _ = small(loss="taylor_softmax", clip_norm=0.05)
+    for each in (head, other):
+        for i in range(20):
+            each(h, (y + i) % 40).backward()
+            each.step()
+    torch.testing.assert_close(head.weight(), other.weight(), rtol=1e-11, atol=1e-12)
+
+
 def test_one_class_and_one_feature():
     head = SphericalHead(1, 1, loss="squared_error", lr=0.1, dtype=torch.float64)
     h, y = torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)

@@ -145,8 +145,8 @@ def _optimise(
     if settings.weight_decay:
         keep = torch.where(ok, 1 - lr * settings.weight_decay, 1.0)
     if clip is not None and (settings.momentum or settings.muon):
-        gradient = _Gradient(gradient.rows * clip, gradient.product * clip, gradient.square * clip)
-        record = record.scaled(clip)
+        square = gradient.square * (clip * clip)  # of GᵀG
+        gradient = _Gradient(gradient.rows * clip, gradient.product * clip, square)
     elif clip is not None:
         lr = lr * clip
     if settings.momentum or settings.muon:
