@@ -5,13 +5,13 @@
     python bench/gpu.py --edge [--json FILE]             one size at a time taken to its extremes
 
 For each shape, in bf16: `mm` is torch.mm of E·Wᵀ, `gemms` that and the two products of the
-gradients (on classes padded to 64, as cuBLAS needs). Every item is timed twice: *interleaved*, once
-a round in random order, medians of the rounds: all items share a clock; and *sustained*, alone and
-back to back for `--seconds` after a warm-up of the same, as a training loop does: a power-limited
-card lowers its clock under a heavy kernel. Sustained passes take the items in another random order
-each, cuBLAS among them, so that nobody is always measured on the cooler card; a ratio is the median
-over the passes of the ratio within a pass, and the spread is that of the item's passes. Memory is
-the peak above what was there before one call (gradients included).
+gradients (on classes padded to 64, as cuBLAS needs). Every item is timed twice. *Interleaved*: once
+a round in random order, medians of the rounds; all items share a clock (rivals apart, two rounds).
+*Sustained*: alone and back to back for `--seconds` after a warm-up, as a training loop does; a
+power-limited card lowers its clock under a heavy kernel. Passes take the items in another random
+order each, cuBLAS among them, so that nobody is always measured on the cooler card; a ratio is the
+median over the passes of the ratio within a pass, and the spread is that of the item's passes.
+Memory is the peak above what was there before one call (gradients included).
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ def measure(shape: Shape, wanted: list[str], options: argparse.Namespace) -> Rep
     torch._dynamo.reset()
     runs, missing = items(*shape, wanted)
     peaks = {name: peak(run) for name, run in runs.items() if name not in YARDSTICKS}
-    together = interleaved(runs, options.rounds)
     mine = {name: run for name, run in runs.items() if name not in RIVALS}
+    together = interleaved(mine, options.rounds)
     alone = sustained(mine, options.seconds, options.warm, options.passes, together)
     rivals = {name: run for name, run in runs.items() if name in RIVALS}
+    together |= interleaved(rivals, 2)
     alone |= sustained(rivals, options.seconds, options.warm, 1, together)
     return {
         "shape": shape,

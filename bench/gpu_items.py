@@ -13,7 +13,7 @@ import logitless.functional as LF
 from logitless.cli.harness.contenders import CONTENDERS, FromLoss
 
 OURS = ("mm", "gemms", "forward", "lean", "fast", "frozen", "rl forward", "rl lean", "rl fast")
-RIVALS = ("eager", "compile", "chunked", "cce", "liger", "quack")
+RIVALS = ("eager", "compile", "chunked", "cce", "liger", "quack", "quack-exp")
 
 
 def problem(rows: int, features: int, classes: int) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@
 //   (p: ping-pong, a warpgroup a tile; c: cooperative, both on one tile)
 //
 // 384 threads, clusters of 2, 168 registers at entry, then 24 + 2 x 240 (192 accumulators) or 40 +
-// 2 x 232. Spills: none in c tiles but de c256x192 (28 bytes); 0 to 48 bytes a tile in p tiles, 104
+// 2 x 232. Spills: none in c tiles; 0 to 48 bytes a tile in p tiles, 104
 // in online_rest with a map; never inside a k loop. The build's table has them kernel by kernel.
 #include "logitless/epilogue/select.cuh"
 #include "logitless/schedule/sm90.cuh"

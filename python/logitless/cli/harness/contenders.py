@@ -179,11 +179,11 @@ def _liger() -> Loss:
     return lambda input, weight, target: loss(weight, input, target)
 
 
-def _quack() -> Loss:
-    function = importlib.import_module("quack.linear_cross_entropy").chunked_linear_cross_entropy
-    # Its reduction defaults to the mean in every release that has the argument.
+def _quack(name: str, **options: object) -> Loss:
+    function = getattr(importlib.import_module("quack.linear_cross_entropy"), name)
+    # What a release does not know it does not do; its reduction defaults to the mean.
     known = inspect.signature(function).parameters
-    options = {"reduction": "mean"} if "reduction" in known else {}
+    options = {key: value for key, value in options.items() if key in known}
     return lambda input, weight, target: function(input, weight, target, **options)
 
 
@@ -246,7 +246,17 @@ _LISTED: tuple[Contender, ...] = (
         _CUDA,
         _HALF,
         partial(_installed, "quack", "quack-kernels"),
-        build=_quack,
+        # Without its search for tiles, which takes minutes a shape.
+        build=partial(_quack, "chunked_linear_cross_entropy", tuned=False, use_scaled_exp=False),
+    ),
+    FromLoss(
+        "quack-exp",
+        "QuACK's, with stored exponentials (some shapes)",
+        _CUDA,
+        _HALF,
+        partial(_installed, "quack", "quack-kernels"),
+        asked=True,
+        build=partial(_quack, "scaled_exp_linear_cross_entropy"),
     ),
     FromLoss("lean", 'logitless, memory="lean" (the default)', build=partial(_logitless, "lean")),
     FromLoss("fast", 'logitless, memory="fast"', build=partial(_logitless, "fast")),
