@@ -9,7 +9,7 @@
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit,
 //! `choice` its kernel · `plan`, `share`, `partly` sizes, `layout` buffers · `forward`, `backward`,
-//! `tiles`, `stored`, `frozen` the compositions, `blocks` of rows where there are many · `loss` what a
+//! `tiles`, `sums`, `stored`, `frozen` the compositions, `blocks` of rows where there are many · `loss` what a
 //! cross entropy makes of them · `info` what there is.
 //!
 //! # Two paths
@@ -38,6 +38,7 @@ mod plan;
 mod product;
 mod share;
 mod stored;
+mod sums;
 mod tiles;
 
 pub use backward::backward;
