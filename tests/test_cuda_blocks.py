@@ -118,7 +118,8 @@ def test_graph() -> None:
 
     def step() -> Any:
         loss = LF.linear_cross_entropy(hidden, weight, target, shift=1)
-        return loss, *torch.autograd.grad(loss, (hidden, weight))
+        # A loss with its graph would tie the leaves to the stream of the first step.
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
     eager = step()
     graph = torch.cuda.CUDAGraph()
