@@ -51,7 +51,7 @@ class Epochs:
     maps, offsets : Tensor
         (J, P, P) and (J, P) float64: S and c by slot.
     place : Tensor
-        (V + 1,) int32: `COLD` + the slot of each row's epoch. Entry V is a stand-in.
+        (V + 1,) int64: `COLD` + the slot of each row's epoch. Entry V is a stand-in.
     live : list of Epoch
         Of the first, which has no list, are the rows that no other has.
     """
@@ -103,7 +103,7 @@ class Epochs:
         high = self.maps.shape[0] if every else 1 + max(epoch.slot for epoch in self.live)
         parts = []
         for start in range(0, rows.shape[0], CUDA_BLOCK):
-            block, own = rows[start : start + CUDA_BLOCK], slot[start : start + CUDA_BLOCK].long()
+            block, own = rows[start : start + CUDA_BLOCK], slot[start : start + CUDA_BLOCK]
             products = torch.bmm(block.expand(high, *block.shape), self.maps[:high])
             chosen = products[own, torch.arange(block.shape[0], device=rows.device)]
             parts.append(chosen + self.offsets[own])

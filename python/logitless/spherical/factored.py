@@ -45,9 +45,9 @@ class FactoredMatrix:
     hot_ids : Tensor
         (C + 1,) int64: the classes of the hot rows; V where there is none.
     place : Tensor
-        (V + 1,) int32: the number of a class's hot row, or `COLD` + the slot of its epoch.
+        (V + 1,) int64: the number of a class's hot row, or `COLD` + the slot of its epoch.
     cursor : Tensor
-        0-d int32: the next free hot row.
+        0-d int64: the next free hot row.
     gram : Tensor
         Q = WᵀW, (P, P) float64.
     """
@@ -56,15 +56,15 @@ class FactoredMatrix:
         self.storage, self.compile = storage, compile
         classes, width = storage.shape[0] - 1, storage.shape[1]
         device = storage.device
-        self.place = torch.empty(classes + 1, dtype=torch.int32, device=device)
+        self.place = torch.empty(classes + 1, dtype=torch.int64, device=device)
         self.epochs = Epochs(self.place, width)
-        self.cursor = torch.zeros((), dtype=torch.int32, device=device)
+        self.cursor = torch.zeros((), dtype=torch.int64, device=device)
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         # Constants on the device: a Python number would be one more kernel wherever it is used.
         self.zero = self.gram.new_zeros(())
         self.nan = self.gram.new_full((), torch.nan)
         self.nothing = torch.full_like(self.cursor, 2 * COLD - 1)
-        self.stand_in = torch.full_like(self.cursor, classes, dtype=torch.int64)
+        self.stand_in = torch.full_like(self.cursor, classes)
         # Rows that one replay of the captured graphs takes; whether a graph holds our buffers.
         self.sweeps, self.captured, self.pinned = 0, 0, False
         self.filled: int = 0  # hot rows taken, as far as the host was told
@@ -334,7 +334,7 @@ class FactoredMatrix:
     def _constants(self) -> None:
         """What goes with the size of the stack."""
         device = self.storage.device
-        self.numbers = torch.arange(self.capacity + 1, dtype=torch.int32, device=device)
+        self.numbers = torch.arange(self.capacity + 1, device=device)
         # How many times each row of the stack takes what is added to every row of W.
         self.affine = torch.ones(self.stack.shape[0], dtype=torch.float64, device=device)
         self.affine[: self.width] = 0.0

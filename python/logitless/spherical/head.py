@@ -60,7 +60,7 @@ class SphericalHead(torch.nn.Module):
 
     Notes
     -----
-    Memory: V·D numbers for A (twice that with momentum), at most 12V bytes of places, the hot rows
+    Memory: V·D numbers for A (twice that with momentum), at most 16V bytes of places, the hot rows
     of some steps in float64, and O(log V) float64 D×D matrices.
     The weight is no ``nn.Parameter``: other optimisers must not touch it. Adam and its kin square
     single elements of the gradient, which no O(D²) form can follow.
