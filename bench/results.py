@@ -1,8 +1,8 @@
 """Write RESULTS.md from what was measured: ``python bench/results.py``.
 
-``logitless bench --json bench/results/NAME.json`` leaves a run there, ``bench/linear_cost.py`` and
-``bench/small_call.py`` print Markdown that is kept beside it. This page only puts them together, so
-that no number is ever typed.
+``logitless bench --json bench/results/NAME.json`` and ``bench/gpu.py --json`` leave a run there;
+the other scripts of this folder print Markdown that is kept beside it. This page only puts them
+together, so that no number is ever typed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from results_gpu import section as gpu_section
 
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER / "results"
@@ -36,7 +38,9 @@ def main() -> None:
     sections = [HEAD]
     for path in sorted(SOURCE.iterdir()):
         if path.suffix == ".json":
-            sections.append(section(path.stem, json.loads(path.read_text())))
+            run = json.loads(path.read_text())
+            kernels = "shapes" in run or "edges" in run
+            sections.append(gpu_section(run) if kernels else section(path.stem, run))
         elif path.suffix == ".md":
             sections.append(path.read_text().strip() + "\n")
     PAGE.write_text("\n".join(sections), encoding="utf-8")
