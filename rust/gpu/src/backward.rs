@@ -16,6 +16,7 @@ use crate::call::{Call, check_gradients, row_view, value};
 use crate::error::Result;
 use crate::forward::{check_store, check_workspace};
 use crate::frozen;
+use crate::keep::{Exponentials, check_lent, kept};
 use crate::launch::{Stream, suffix};
 use crate::layout::{Arena, BackwardLayout, Geometry, StoreLayout, padded, pitch};
 use crate::params::{self, Fields, RowList, RowView, Scalars};
@@ -23,7 +24,7 @@ use crate::plan::{Path, Plan};
 use crate::product::{
     Matrix, Operands, Operation, PlainEpilogue, choose, choose_sliced, plain, tensor_cores,
 };
-use crate::stored::{Exponentials, Stored, check_lent, kept};
+use crate::stored::Stored;
 
 /// Turns cotangents of the outputs into gradients of the wanted operands.
 ///

@@ -6,6 +6,7 @@ use crate::blocks;
 use crate::call::{Call, value};
 use crate::error::Result;
 use crate::frozen;
+use crate::keep;
 use crate::launch::{Stream, suffix};
 use crate::layout::{Arena, ForwardLayout, Geometry, ListBuffers, padded, pitch};
 use crate::params::{self, RowList};
@@ -13,7 +14,6 @@ use crate::plan::{Path, Plan, partials};
 use crate::product::{
     LogitMap, Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores,
 };
-use crate::stored;
 
 /// Computes the statistics of `spec` for every row and writes them to `outputs`.
 ///
@@ -75,9 +75,9 @@ pub unsafe fn forward(
     if plan.stored || g.share.classes() > 0 {
         let fields = call.fields(outputs.iter().map(Some));
         let store = check_store(store, plan)?;
-        let lent = stored::check_lent(lent, &call, &g)?;
+        let lent = keep::check_lent(lent, &call, &g)?;
         // SAFETY: the caller's promise.
-        return unsafe { stored::forward(&call, &g, fields, store, lent, workspace.address()) };
+        return unsafe { keep::forward(&call, &g, fields, store, lent, workspace.address()) };
     }
     let mut arena = Arena::at(workspace.address());
     let layout = ForwardLayout::lay(&mut arena, &g, plan.chunks.0);

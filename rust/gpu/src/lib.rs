@@ -9,8 +9,8 @@
 //! `driver` the facade · `images` which kernel runs where · `launch` a stream and typed launches ·
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit,
 //! `choice` its kernel · `plan`, `share`, `partly` sizes, `layout` buffers · `forward`, `backward`,
-//! `tiles`, `sums`, `stored`, `frozen` the compositions, `blocks` of rows where there are many · `loss` what a
-//! cross entropy makes of them · `info` what there is.
+//! `keep`, `tiles`, `sums`, `stored`, `frozen` the compositions, `blocks` of rows where there are many ·
+//! `loss` what a cross entropy makes of them · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
@@ -29,6 +29,7 @@ mod forward;
 mod frozen;
 mod images;
 mod info;
+mod keep;
 mod launch;
 mod layout;
 mod loss;

@@ -31,12 +31,13 @@ pub(crate) fn partly_stored(
         arena.used
     };
     let column = padded(g.rows) * g.dtype.size();
+    // Everything in the store, with what chunks are rounded up by.
+    let everything = lists + column * (g.classes + 64) / 64 * 65;
     let (allowed, lends) = match (memory, lends) {
         (Memory::Lean, _) => (0, lends),
         (Memory::Bytes(bytes), _) => (bytes, lends),
-        // Everything in the store, chunks rounded up.
-        (Memory::Fast, Lends::Nothing) => (lists + column * (g.classes + 64) / 64 * 65, lends),
-        (Memory::Fast, _) => (lists + column * (g.classes + 64) / 64 * 65, Lends::Store),
+        (Memory::Fast, Lends::Nothing) => (everything, lends),
+        (Memory::Fast, _) => (everything, Lends::Store),
     };
     let bought = allowed.saturating_sub(lists);
     if lends == Lends::Nothing && bought == 0 {

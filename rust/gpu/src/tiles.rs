@@ -7,13 +7,13 @@ use crate::backward::Backward;
 use crate::call::matrix;
 use crate::error::Result;
 use crate::forward::logits;
+use crate::keep::Exponentials;
 use crate::launch::suffix;
 use crate::layout::padded;
 use crate::params;
 use crate::plan::Path;
 use crate::product::{LogitMap, Matrix, Operands, Operation, choose, tensor_cores};
 use crate::share::Lends;
-use crate::stored::Exponentials;
 
 impl Backward<'_> {
     /// The gradient tile of kept classes: in place where the exponentials may go.
