@@ -132,6 +132,10 @@ class Launch:
         self.function = kernels.function(name)
         group = max(2048 // (kernel["m"] * kernel["cluster"]), 1)  # as rust/gpu/src/product.rs
         params = Params(m=m, n=n, k=k, group=group, scale=1.0, ld_row=m)
+        params.a, params.b = a.data_ptr(), b.data_ptr()
+        params.lda, params.ldb = a.stride(0), b.stride(0)
+        if d is not None:
+            params.d, params.ldd = d.data_ptr(), d.stride(0)
         for key, value in fields.items():
             setattr(params, key, value.data_ptr() if isinstance(value, torch.Tensor) else value)
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -152,10 +156,6 @@ class Launch:
             self.arguments = [map_a, map_b, map_d, params]
             grid = multiprocessors // cluster * cluster
         else:
-            params.a, params.b = a.data_ptr(), b.data_ptr()
-            params.lda, params.ldb = a.stride(0), b.stride(0)
-            if d is not None:
-                params.d, params.ldd = d.data_ptr(), d.stride(0)
             self.arguments = [params]
             grid = min(-(-m // kernel["m"]) * -(-n // kernel["n"]), 2 * multiprocessors)
         addresses = [c.addressof(argument) for argument in self.arguments]
