@@ -223,7 +223,9 @@ def percent(run: dict[str, Any]) -> str:
 def experiment(given: argparse.Namespace, corpus: words.Corpus) -> dict[str, Any]:
     """Tune, train an epoch of each, then the Z-loss for as long as log-softmax took."""
     device = torch.device(given.device)
-    train, held_out = Data.of(corpus.train, device), Data.of(corpus.held_out, device)
+    # The files come in random order: a part of the ids is a sample of them.
+    train = Data.of(corpus.train[: given.train_words], device)
+    held_out = Data.of(corpus.held_out, device)
     places = held_out.places[torch.randperm(len(held_out.places)).to(device)[: 2 * given.scored]]
     places = places.sort().values
     tuning, scored = (Data(held_out.ids, p) for p in places.chunk(2))
@@ -273,17 +275,18 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="written by words.py")
     parser.add_argument("--roots", type=Path, nargs="+", default=words.installed())
     parser.add_argument("--tokens", type=int, default=4_000_000, help="of the corpus at most")
+    parser.add_argument("--train-words", type=int, help="of the corpus to train on, all if absent")
     parser.add_argument("--steps", type=int, help="of an epoch at most")
-    parser.add_argument("--tune-steps", type=int, default=80)
+    parser.add_argument("--tune-steps", type=int, default=40)
     parser.add_argument("--thin", type=int, default=1, help="every n-th point of the Z-loss grid")
-    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--features", type=int, default=256)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--embedding", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the body's Adam")
     parser.add_argument("--scored", type=int, default=10_000, help="held-out words of each half")
     parser.add_argument("--marks", type=int, default=6, help="scores along a run")
-    parser.add_argument("--most-epochs", type=int, default=8)
+    parser.add_argument("--most-epochs", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     given = parser.parse_args()

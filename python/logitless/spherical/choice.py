@@ -12,21 +12,26 @@ SYMMETRIC = 0.75
 # D of 64 to 1024:
 #   CPU, 2 threads: fp32 0.36 to 0.68 on a Xeon, 0.93 to 1.03 on an EPYC, whose MKL is slower than
 #   our tiles; fp64 0.4 to 1.0; bf16 2.5 to 2.8 on the Xeon, as its tiles use AMX and Q is fp32.
-#   H200: below 0.125 in fp32 and fp64 (a small N leaves the tiles empty), above 4 in bf16, whose
-#   tiles run on tensor cores.
+#   H200: below 0.125 in fp32 and fp64 (a small N leaves the tiles empty); in bf16, where both run
+#   on tensor cores, about 5 at D = 1024 (1.33 at 4; cached 3.2) and more at less.
 STREAM_SPEED = {
     ("cpu", torch.float32): 1.4,
     ("cpu", torch.bfloat16): 6.0,
     ("cpu", torch.float16): 1.4,
     ("cpu", torch.float64): 1.4,
     ("cuda", torch.float32): 0.25,
-    ("cuda", torch.bfloat16): 18.0,
+    ("cuda", torch.bfloat16): 12.0,
     ("cuda", torch.float16): 18.0,
     ("cuda", torch.float64): 0.15,
 }
-# Streamed flops (2NVD each pass) that take a GPU as long as launching the Gram route's many small
-# kernels does.
-LEAST_WORK = {"cpu": 0.0, "cuda": 4e10}
+# Streamed flops, 8NVD, that take a GPU as long as a host needs to launch the Gram route's 80 small
+# kernels: 3 to 4 ms beside the H200 above.
+LEAST_WORK = {
+    ("cuda", torch.float32): 1e11,
+    ("cuda", torch.bfloat16): 1e12,
+    ("cuda", torch.float16): 1e12,
+    ("cuda", torch.float64): 3e10,
+}
 
 
 def choose(
@@ -53,7 +58,7 @@ def choose(
         Whether the input's and the weight's gradients will be asked for.
     """
     # In units of 2·V·D flops: N for each streamed product, D for one pass of W against D×D.
-    if device in LEAST_WORK and 8.0 * rows * classes * features < LEAST_WORK[device]:
+    if 8.0 * rows * classes * features < LEAST_WORK.get((device, dtype), 0.0):
         return "stream"
     streamed = rows * (1 + any(gradients) + sum(gradients))
     passes = (0.0 if fresh else SYMMETRIC) + (1.0 if gradients[1] else 0.0)
