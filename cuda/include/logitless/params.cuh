@@ -9,7 +9,8 @@ namespace logitless {
 using i64 = long long;
 
 // -- tensor-core products: D[M, N] = epilogue(A[M, K] B[N, K]^T) ----------------------------------------------------
-// sm_90a kernels take three tensor maps before it (A, B, D) and ignore a, b, d, lda, ldb, ldd; sm_80 kernels use them.
+// sm_90a kernels take three tensor maps before it (A, B, D) and ignore a, b, d, lda, ldb and, but for the pitch of
+// `columns`, ldd; sm_80 kernels use them.
 struct GemmParams {
   const void* a;        // operands as stored: K-major (M, K), or MN-major (K, M)
   const void* b;        // K-major (N, K), or MN-major (K, N)
