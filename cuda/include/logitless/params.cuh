@@ -1,4 +1,4 @@
-// params.cuh - the parameter struct of each kernel family. rust/gpu/src/params.rs mirrors this file field by field.
+// params.cuh - the parameter struct of each kernel family. rust/gpu/src/params mirrors this file field by field.
 //
 // Every struct travels by value as a __grid_constant__ parameter. 8-byte fields come first, so that neither
 // compiler pads; the sizes are asserted on both sides. A null pointer means "not wanted" or "the neutral value".
@@ -47,7 +47,7 @@ struct GemmParams {
   int slices;           // de_f32: shares of k; each writes its own sums, `slice_rows` rows of D after the last. 0: 1
   int slice_rows;
 };
-static_assert(sizeof(GemmParams) == 240, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(GemmParams) == 240, "mirror rust/gpu/src/params");
 
 // -- shared pieces ---------------------------------------------------------------------------------------------------
 // Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).
@@ -99,7 +99,7 @@ struct LiveParams {
   i64 total;
   int powers, vectors, topk, is_double;
 };
-static_assert(sizeof(LiveParams) == 192, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(LiveParams) == 192, "mirror rust/gpu/src/params");
 
 // What every product of a backward is scaled by: gradients of logits are divided by the largest cotangent g, so that
 // half-precision tiles neither underflow nor round a uniform one; results are multiplied back. Without block_max g = 1.
@@ -107,7 +107,7 @@ struct Scalars {
   float g, inverse, g_scale, unused;     // g, 1 / g, g * logit_scale
   double g_wide, inverse_wide, g_scale_wide, unused_wide;
 };
-static_assert(sizeof(Scalars) == 48, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(Scalars) == 48, "mirror rust/gpu/src/params");
 
 // select_rows: live rows in front, in order; one block.
 struct SelectParams {
@@ -126,7 +126,7 @@ struct SelectParams {
   int *kept, *again;          // or null. Where exponentials were kept of the rows that are not ignored: the count, if all
   double least;               // of them are listed because at least this share is live, else -1; and the other way round
 };
-static_assert(sizeof(SelectParams) == 144, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(SelectParams) == 144, "mirror rust/gpu/src/params");
 
 // gather_rows: a packed copy of live rows, zero-filled to the pitch and to the padded row count.
 struct GatherParams {
@@ -137,7 +137,7 @@ struct GatherParams {
   int features;
   int padded;        // rows of the copy
 };
-static_assert(sizeof(GatherParams) == 96, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(GatherParams) == 96, "mirror rust/gpu/src/params");
 
 // scatter_rows: from packed accumulators to the gradient of the input; dead rows become 0.
 struct ScatterParams {
@@ -151,7 +151,7 @@ struct ScatterParams {
   int accumulate;
   int slices, reserved;
 };
-static_assert(sizeof(ScatterParams) == 120, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ScatterParams) == 120, "mirror rust/gpu/src/params");
 
 // target_logits: z of the target classes, one warp a (row, column).
 struct TargetParams {
@@ -170,7 +170,7 @@ struct TargetParams {
   int features;
   int padded;        // entries of reference and target
 };
-static_assert(sizeof(TargetParams) == 240, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(TargetParams) == 240, "mirror rust/gpu/src/params");
 
 // finish_online, finish_fixed, finish_full: partials of the class tiles to outputs, in a fixed order.
 struct FinishParams {
@@ -187,7 +187,7 @@ struct FinishParams {
   int chunk_tiles;         // tiles a launch
   int* flags;              // finish_fixed: (ceil(N / 256)), set where the reference is out of a row's range
 };
-static_assert(sizeof(FinishParams) == 216, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(FinishParams) == 216, "mirror rust/gpu/src/params");
 
 // row_coefficients: the five planes of the gradient tile, divided by the largest cotangent.
 struct CoefficientParams {
@@ -201,7 +201,7 @@ struct CoefficientParams {
   i64 classes;
   int ld_row, padded;
 };
-static_assert(sizeof(CoefficientParams) == 352, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(CoefficientParams) == 352, "mirror rust/gpu/src/params");
 
 // add_maximum: the cotangent of `max` at its class, in a gradient tile of the fused path.
 struct AddMaximumParams {
@@ -213,7 +213,7 @@ struct AddMaximumParams {
   i64 column0;
   i64 width;
 };
-static_assert(sizeof(AddMaximumParams) == 336, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(AddMaximumParams) == 336, "mirror rust/gpu/src/params");
 
 // column_sum: sums over rows of a gradient tile, times a device scalar. A row of the tile may be a sum of `group` rows.
 struct ColumnSumParams {
@@ -228,7 +228,7 @@ struct ColumnSumParams {
   i64 columns;
   i64 group;
 };
-static_assert(sizeof(ColumnSumParams) == 128, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ColumnSumParams) == 128, "mirror rust/gpu/src/params");
 
 // row_dots: sum over features of packed input x packed gradient; fold_dots: their sum, one block.
 struct DotParams {
@@ -242,7 +242,7 @@ struct DotParams {
   int features;
   int is_double;
 };
-static_assert(sizeof(DotParams) == 112, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(DotParams) == 112, "mirror rust/gpu/src/params");
 
 // absorb_dots: sums of each row's class blocks of a chunk, onto the rows' totals.
 struct AbsorbDotParams {
@@ -253,7 +253,7 @@ struct AbsorbDotParams {
   int ld_row, tiles;
   int first, reserved;   // first chunk: the totals are not read
 };
-static_assert(sizeof(AbsorbDotParams) == 48, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(AbsorbDotParams) == 48, "mirror rust/gpu/src/params");
 
 // widen_vector: a vector of any type and stride as accumulators.
 struct WidenParams {
@@ -262,7 +262,7 @@ struct WidenParams {
   i64 length;
   i64 is_double;
 };
-static_assert(sizeof(WidenParams) == 56, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(WidenParams) == 56, "mirror rust/gpu/src/params");
 
 // -- store.cu --------------------------------------------------------------------------------------------------------
 // The stored mode keeps X = bf16(e^(z - reference)), 0 at the target, from the forward to the backward.
@@ -273,7 +273,7 @@ struct GateParams {
   int* gate;
   i64 blocks;
 };
-static_assert(sizeof(GateParams) == 24, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(GateParams) == 24, "mirror rust/gpu/src/params");
 
 // finish_repair: rows of flagged blocks from online planes; a reference out of range becomes the row's rest.
 struct RepairParams {
@@ -285,7 +285,7 @@ struct RepairParams {
   i64 part_plane;
   int ld_row, tiles;
 };
-static_assert(sizeof(RepairParams) == 80, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(RepairParams) == 80, "mirror rust/gpu/src/params");
 
 // store_factors: what rows of X stand for, from the cotangents.
 struct FactorParams {
@@ -300,7 +300,7 @@ struct FactorParams {
   float scale, softcap;
   int padded, reserved;
 };
-static_assert(sizeof(FactorParams) == 160, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(FactorParams) == 160, "mirror rust/gpu/src/params");
 
 // scale_rows: packed rows of the input times a factor, zero-filled like gather_rows.
 struct ScaleParams {
@@ -310,7 +310,7 @@ struct ScaleParams {
   float scale;
   int reserved;
 };
-static_assert(sizeof(ScaleParams) == 120, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ScaleParams) == 120, "mirror rust/gpu/src/params");
 
 // list_targets: the slots by the class of their target, ascending within a class, for the epilogue of dW.
 struct ListTargetsParams {
@@ -323,7 +323,7 @@ struct ListTargetsParams {
   int classes;
   int by_slot;
 };
-static_assert(sizeof(ListTargetsParams) == 80, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(ListTargetsParams) == 80, "mirror rust/gpu/src/params");
 
 // merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes; and the entropy.
 struct MergeRestParams {
@@ -333,7 +333,7 @@ struct MergeRestParams {
   const float* kept_entropy;  // (N), or null
   float* entropy;             // (N), the output, or null
 };
-static_assert(sizeof(MergeRestParams) == 64, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(MergeRestParams) == 64, "mirror rust/gpu/src/params");
 
 // stored_gradient: a tile of gradients of the logits from exponentials, in place or not.
 struct StoredTileParams {
@@ -353,7 +353,7 @@ struct StoredTileParams {
   float softcap;           // 0: none
   int moments;             // 1: the plane b too
 };
-static_assert(sizeof(StoredTileParams) == 128, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(StoredTileParams) == 128, "mirror rust/gpu/src/params");
 
 // unpack_rows: packed rows back to their places; rows without a slot become 0.
 struct UnpackParams {
@@ -364,7 +364,7 @@ struct UnpackParams {
   int features;
   int accumulate;
 };
-static_assert(sizeof(UnpackParams) == 96, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(UnpackParams) == 96, "mirror rust/gpu/src/params");
 
 // frozen_rows: the gradient of the input from the sums that the frozen head's forward kept.
 struct FrozenParams {
@@ -384,7 +384,7 @@ struct FrozenParams {
   int accumulate;
   int slices, reserved;
 };
-static_assert(sizeof(FrozenParams) == 216, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(FrozenParams) == 216, "mirror rust/gpu/src/params");
 
 // -- loss.cu ---------------------------------------------------------------------------------------------------------
 // Cross entropy of class ids from two statistics, and its cotangents. All in accumulators; rows contiguous.
@@ -401,7 +401,7 @@ struct LossParams {
   int per_row;                // no reduction
   int mean;                   // else sum
 };
-static_assert(sizeof(LossParams) == 96, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(LossParams) == 96, "mirror rust/gpu/src/params");
 
 // -- tile.cu ---------------------------------------------------------------------------------------------------------
 // A tile of z (live rows, width) in accumulators: folded into each row's state, or turned into a tile of dz.
@@ -432,7 +432,7 @@ struct TileParams {
   int padded;            // rows of dx to fill with zeros past the live ones
   int keep;              // gradient: also left in z, in accumulators
 };
-static_assert(sizeof(TileParams) == 592, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(TileParams) == 592, "mirror rust/gpu/src/params");
 
 // Bits of TileParams::mask.
 enum Statistic {
@@ -454,6 +454,6 @@ struct PlainParams {
   int m, n, k;
   int count_is_k, accumulate, logits;
 };
-static_assert(sizeof(PlainParams) == 144, "mirror rust/gpu/src/params.rs");
+static_assert(sizeof(PlainParams) == 144, "mirror rust/gpu/src/params");
 
 }  // namespace logitless
