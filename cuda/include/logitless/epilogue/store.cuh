@@ -53,7 +53,7 @@ template <class Map, bool kMapped, class Targets, int kStorePanels>
 struct FloatStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
   static constexpr bool kGated = !kMapped;  // the frozen head's repair: de_f32
-  static constexpr bool kSliced = !kMapped;
+  static constexpr bool kSliced = !kMapped && !Targets::kAhead;  // de_f32
   static constexpr bool kRolled = false;
   static constexpr bool kAhead = Targets::kAhead;
 

@@ -34,6 +34,11 @@ struct Sm80Operand {
     return row * kLine + mixed * 16;
   }
 
+  // The operand without its first k of K; a multiple of 16 bytes of them.
+  static __device__ __forceinline__ const void* from(const void* x, i64 pitch, int k) {
+    return static_cast<const char*>(x) + k * (kMajor == kMajorK ? kSize : pitch * kSize);
+  }
+
   // Global to shared: each thread copies the same chunk of kPasses lines, whose swizzle is the
   // same.
   template <int kThreads>

@@ -72,13 +72,13 @@ struct Sm80Gemm {
 
   static __device__ __forceinline__ void multiply(float (&acc)[kFragmentsM][kWarpN / 2],
                                                   const LoaderA& load_a, const LoaderB& load_b,
-                                                  const Offsets& at, u32 shared, int first,
-                                                  int end, bool single) {
-    const int blocks = ceil_div(end - first, kBlock);
+                                                  const Offsets& at, u32 shared, int depth,
+                                                  bool single) {
+    const int blocks = ceil_div(depth, kBlock);
     auto fill = [&](int kb, int slot) {
       if (kb < blocks) {
-        load_a.load(shared + slot * kStageBytes, first + kb * kBlock, end);
-        load_b.load(shared + slot * kStageBytes + A::kBytes, first + kb * kBlock, end);
+        load_a.load(shared + slot * kStageBytes, kb * kBlock, depth);
+        load_b.load(shared + slot * kStageBytes + A::kBytes, kb * kBlock, depth);
       }
       ptx::copy_commit();
     };
@@ -139,15 +139,17 @@ struct Sm80Gemm {
     for (int t = blockIdx.x; t < total; t += gridDim.x) {
       const Tile tile = tiles(t);
       const int m = tile.row_block * kTileM, n = tile.column_block * kTileN;
-      const int share = tiles.share(ceil_div(depth, kBlock)) * kBlock, k0 = tile.slice * share;
+      // This slice of K, as operands of their own.
+      const int share = Epilogue::kSliced ? tiles.share(ceil_div(depth, kBlock)) * kBlock : depth;
+      const int k0 = min(tile.slice * share, depth), length = min(share, depth - k0);
       float acc[kFragmentsM][kWarpN / 2];
 #pragma unroll
       for (int f = 0; f < kFragmentsM; f++)
 #pragma unroll
         for (int i = 0; i < kWarpN / 2; i++) acc[f][i] = 0.f;
-      multiply(acc, LoaderA(p.a, p.lda, m, rows, depth, threadIdx.x),
-               LoaderB(p.b, p.ldb, n, p.n, depth, threadIdx.x), at, shared, min(k0, depth),
-               min(k0 + share, depth), p.reserved & 1);
+      multiply(acc, LoaderA(A::from(p.a, p.lda, k0), p.lda, m, rows, length, threadIdx.x),
+               LoaderB(B::from(p.b, p.ldb, k0), p.ldb, n, p.n, length, threadIdx.x), at, shared,
+               length, p.reserved & 1);
       if constexpr (Epilogue::kSliced) store.shift = static_cast<i64>(tile.slice) * p.slice_rows * p.ldd;
       for_each_fragment<true>(acc, [&](float (&fragment)[kWarpN / 2], int f) {
         store.row = m + warp_m * kWarpM + 16 * f;
