@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from logitless import functional
 from logitless._extras import torch
+from logitless.spherical.checks import target_ids
 
 if TYPE_CHECKING:
     from logitless.spherical.head import SphericalHead
@@ -66,7 +67,7 @@ def _without_repeats(
 
 def rank(head: SphericalHead, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """See `SphericalHead.rank`."""
-    ids, _ = head._ids(input, target, -100)
+    ids, _ = target_ids(input, target, -100, head.num_classes)
     features, factor = _project(head, input)
     flat = ids.reshape(features.shape[0], -1)
     own = torch.einsum("nkd,nd->nk", factor[flat.clamp(min=0)], features)
