@@ -47,8 +47,8 @@ class SphericalHead(torch.nn.Module):
     fused
         Whether backward itself takes the step; otherwise call :meth:`step` after backward.
     compile
-        Whether the O(D²) work goes through torch.compile. On CUDA it makes 48 kernels of 137; the
-        first steps then take half a minute.
+        Whether the O(D²) work goes through torch.compile. On CUDA it makes 48 kernels of 137, once
+        the first steps have taken half a minute; on a CPU, where kernels are cheap, it costs time.
     process_group
         Ranks over which a step averages the gradients, as DistributedDataParallel would: each rank
         sends its rows, N·(D + 4) numbers. Without one, a step in a multi-rank job is refused.
