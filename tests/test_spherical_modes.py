@@ -256,13 +256,14 @@ def test_compiled_training_on_cuda(mode: str | None) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_matrix_has_the_digits_of_fp32_on_cuda(dtype: Any) -> None:
-    """Several blocks, a mean that is not small, and for bf16 the tensor cores."""
+def test_the_matrix_on_cuda(dtype: Any) -> None:
+    """Several blocks and a mean that is not small: fp32 sums; for bf16 the tensor cores' own."""
     w = (torch.randn(70_000, 1000, device="cuda") + 0.5).to(dtype)
     found = gram(w)
     wide = w.double()
     wide -= wide.mean(0)
     expected = wide.T @ wide
     error = (found.centred.double() - expected).abs().max() / expected.abs().max()
-    assert error < 3e-6
+    # 32768 rounded additions in a row, or as many truncated ones by 16 (see `add_square_split`).
+    assert error < (2e-5 if dtype == torch.float32 else 1.5e-4)
     torch.testing.assert_close(found.mean.double(), w.double().mean(0), rtol=1e-5, atol=1e-6)

@@ -63,7 +63,9 @@ def row_statistics(
         the number of bytes that may be kept. On CUDA in bfloat16, lean keeps what fits into memory
         of the backward's own: the forward of a cross entropy allocates the weight's gradient and
         holds exponentials in it. That serves the first backward through a graph; another one
-        recomputes, and so do torch.compile, torch.func and checkpointing. Where only input has a
+        recomputes, and so do torch.compile, torch.func, checkpointing and a call beside one whose
+        backward is still to come; recomputed gradients differ in their last digits (the same
+        program still gives the same bits). Where only input has a
         gradient (a frozen head), the forward keeps float32 sums of input's shape if they fit, and
         the backward is a pass over them: two products in all.
     grad_buffer
