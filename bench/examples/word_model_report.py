@@ -19,6 +19,12 @@ def label(run: dict[str, Any], epoch: int) -> str:
     return f"{run['arm']}, {epochs:g} epoch{'s' if epochs != 1 else ''}"
 
 
+def command(arguments: dict[str, Any]) -> str:
+    """The command of a run, every option spelled out; where its corpus lies is not part of it."""
+    options = (f"--{name.replace('_', '-')} {value}" for name, value in arguments.items())
+    return " ".join(["python bench/examples/word_model.py --corpus words.npz", *options])
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The table, with what was tuned."""
     a, epoch = result["arguments"], result["epoch"]
@@ -26,8 +32,9 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "## A word model: the Z-loss head against log-softmax",
         "",
-        "`python bench/examples/word_model.py --device cuda --corpus words.npz`: nine words of "
-        "Python code and docs predict the next.",
+        f"`{command(a)}`",
+        "",
+        "Nine words of Python code and docs predict the next.",
         "",
         f"* {result['device']}, torch {result['torch']}, fp32 without TF32",
         f"* V = {result['classes']}, {result['words']} training words, D = {a['features']}, "
