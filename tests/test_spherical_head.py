@@ -208,11 +208,13 @@ def test_singular_step_is_exact():
     head = SphericalHead(30, 2, loss="squared_error", lr=0.5, reduction="sum", dtype=torch.float64)
     h = torch.tensor([[1.0, 0.0]], dtype=torch.float64)  # eigenvalue of X = 2hhᵀ is 2 = 1/lr
     dense, y = Dense(head), torch.tensor([3])
+    assert head.diagnostics()["condition"] == 1.0
     for _ in range(3):
         head(h, y).backward()
         _, g, _ = dense.gradient("squared_error", h, y, {})
         head.step()
         dense.step(g)
+        assert head.diagnostics()["condition"] > 1e12
         torch.testing.assert_close(head.weight(), dense.p, rtol=1e-12, atol=1e-13)
 
 

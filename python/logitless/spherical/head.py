@@ -374,11 +374,14 @@ class SphericalHead(torch.nn.Module):
     def diagnostics(self) -> dict[str, float]:
         """Live epochs, hot rows, sweeps over all classes, ‖W‖, steps taken, rows for the next one.
 
-        Waits for the device and raises what it refused.
+        ``condition`` is that of U, the product of the epoch's right multiplications. Nothing
+        inverts U, so that even inf (a step with an eigenvalue of lr·X at 1) costs no digit. Waits
+        for the device and raises what it refused.
         """
         self._check_refusals(wait=True)
         d = self._width
         return {
+            "condition": float(torch.linalg.cond(self.matrix.mix)),
             "epochs": float(len(self.matrix.epochs.live)),
             "hot_rows": float(self.matrix.filled),
             "sweeps": float(self.matrix.sweeps),
