@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 # The references multiply many small matrices, for which the threads of NumPy's BLAS cost more than
 # they bring; and they would spin against the engine's own.
@@ -85,3 +87,23 @@ def rng() -> np.random.Generator:
 def dtype(request: pytest.FixtureRequest) -> str:
     """Every dtype that NumPy callers can hold."""
     return str(request.param)
+
+
+@pytest.fixture
+def peak_bytes() -> Callable[[Callable[[], Any]], int]:
+    """Bytes of torch's CUDA allocator that a call needs above what was there, its result too."""
+
+    def peak_bytes(run: Callable[[], Any]) -> int:
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del kept
+        return int(peak)
+
+    return peak_bytes

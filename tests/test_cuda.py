@@ -305,21 +305,8 @@ def test_side_streams_and_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def _peak(run: Any) -> int:
-    """Bytes that `run` needs above what was there; its result is kept alive."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    kept = run()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del kept
-    return peak
-
-
 @pytest.mark.parametrize("memory", ["lean", "fast"])
-def test_memory_stays_in_its_promise(memory: str) -> None:
+def test_memory_stays_in_its_promise(memory: str, peak_bytes: Any) -> None:
     n, d, v = 4096, 1024, 65536
     e, w, _, y = make(n, d, v, torch.bfloat16, ignored=0.0)
 
@@ -332,7 +319,7 @@ def test_memory_stays_in_its_promise(memory: str) -> None:
     limit = gradients + max(gradients // 4, 256 << 20)
     if memory == "fast":
         limit += 3 * n * v
-    assert _peak(step) <= limit
+    assert peak_bytes(step) <= limit
 
 
 def test_masked_rows_are_left_out() -> None:

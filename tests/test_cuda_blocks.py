@@ -91,7 +91,7 @@ def test_sums_of_the_weight_may_be_the_callers() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "code"), [(torch.bfloat16, BF16), (torch.float32, F32)])
-def test_memory_is_leans(dtype: Any, code: int) -> None:
+def test_memory_is_leans(dtype: Any, code: int, peak_bytes: Any) -> None:
     hidden, weight, *_, target = make(dtype)
     spec = _core.Spec(("rest", "target"), targets=1)
     plan = _core.cuda_plan(spec, ROWS, FEATURES, CLASSES, code, -1, 3)
@@ -104,11 +104,7 @@ def test_memory_is_leans(dtype: Any, code: int) -> None:
         return torch.autograd.grad(loss, (hidden, weight))
 
     step()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = peak_bytes(step)
     # Ids, statistics and their cotangents: 8 + 6 x 4 bytes a row, and the allocator's rounding.
     assert peak <= gradients + budget + 40 * ROWS + (4 << 20)
 

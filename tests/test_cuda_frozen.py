@@ -203,19 +203,7 @@ def test_graph() -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
-def _peak(run: Any) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    kept = run()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del kept
-    return peak
-
-
-def test_memory_is_the_plans() -> None:
+def test_memory_is_the_plans(peak_bytes: Any) -> None:
     n, d, v = 4096, 2048, 65536
     e, w, _, y = make(n, d, v, ignored=0.0)
     found, gradient = plan(n, d, v), 2 * n * d
@@ -229,14 +217,14 @@ def test_memory_is_the_plans() -> None:
     vectors = 128 * n + (4 << 20)
     forward = found.store_bytes + found.forward_bytes
     assert forward <= gradient + (256 << 20)
-    assert max(forward, found.store_bytes + gradient) <= _peak(step)
-    assert _peak(step) <= max(forward, found.store_bytes + gradient) + vectors
+    assert max(forward, found.store_bytes + gradient) <= peak_bytes(step)
+    assert peak_bytes(step) <= max(forward, found.store_bytes + gradient) + vectors
 
     def alone() -> Any:
         with torch.no_grad():
             return logitless.row_statistics(e, w, y, ignore_index=-100).rest
 
-    assert _peak(alone) <= plan(n, d, v, gradients=0).forward_bytes + vectors
+    assert peak_bytes(alone) <= plan(n, d, v, gradients=0).forward_bytes + vectors
     assert plan(n, d, v, gradients=0).store_bytes == 0
 
 

@@ -80,22 +80,12 @@ def _backward_op(
     cotangents: list[Tensor],
     wanted: list[bool],
 ) -> list[Tensor]:
-    g_mean, g_variance, g_target = cotangents
-    safe, real = eager.real_ids(ids, weight.shape[0])
-    parts = eager.masked(real, weight.shape[0], g_mean, g_variance, g_target)
-    d_input = d_scale = None
-    if wanted[0] or wanted[3]:
-        gradient = eager.d_features(weight, bias, safe, mean, product, parts)
-        d_input, d_scale = eager.input_gradients(
-            input, scale, number, gradient, (wanted[0], wanted[3])
-        )
-    d_weight = torch.empty_like(weight) if wanted[1] else None
-    d_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
-    if d_weight is not None or d_bias is not None:
+    if wanted[1] or wanted[2]:
         refuse_collecting(weight)
-        structure = eager.structure(features, safe, real, mean, weight.shape[0], parts)
-        structure.write(weight, bias, d_weight, d_bias)
-    found = [d_input, d_weight, d_bias, d_scale]
+    found = eager.gradients(
+        *(input, weight, bias, ids, scale, number),
+        *(features, product, mean, cotangents, wanted),
+    )
     return [g for g in found if g is not None]
 
 

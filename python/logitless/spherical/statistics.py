@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from logitless._extras import torch
 from logitless.ops import custom_ops
-from logitless.spherical.accumulate import collector
+from logitless.spherical.accumulate import Accumulator, collector
 from logitless.spherical.gram import gram, wide
 from logitless.spherical.structure import Structure
 
@@ -223,6 +224,43 @@ def input_gradients(
     return own.to(input.dtype), d_scale
 
 
+def gradients(
+    input: Tensor,
+    weight: Tensor,
+    bias: Optional,
+    ids: Tensor,
+    scale: Optional,
+    number: float,
+    features: Tensor,
+    product: Tensor,
+    mean: Tensor,
+    cotangents: Sequence[Tensor],
+    wanted: Sequence[bool],
+    collecting: Accumulator | None = None,
+) -> tuple[Optional, Optional, Optional, Optional]:
+    """The ``wanted`` gradients of (input, weight, bias, scale) from those of the statistics.
+
+    With ``collecting``, the parts of the weight's and the bias's go there instead.
+    """
+    classes = weight.shape[0]
+    safe, real = real_ids(ids, classes)
+    parts = masked(real, classes, *cotangents)
+    d_input = d_weight = d_bias = d_scale = None
+    if wanted[0] or wanted[3]:
+        gradient = d_features(weight, bias, safe, mean, product, parts)
+        d_input, d_scale = input_gradients(input, scale, number, gradient, (wanted[0], wanted[3]))
+        del gradient
+    if wanted[1] or wanted[2]:
+        found = structure(features, safe, real, mean, classes, parts)
+        if collecting is not None:
+            collecting.add(found)
+        else:
+            d_weight = torch.empty_like(weight) if wanted[1] else None
+            d_bias = torch.empty_like(bias) if wanted[2] and bias is not None else None
+            found.write(weight, bias, d_weight, d_bias)
+    return d_input, d_weight, d_bias, d_scale
+
+
 class _GramStatistics(torch.autograd.Function):
     """(E, W, b, ids, scale) to (mean, variance, target); keeps [E, 1] and [E, 1]Q, (N, P) each."""
 
@@ -255,23 +293,11 @@ class _GramStatistics(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Optional, ...]:
         input, weight, bias, ids, scale, features, product, mean = ctx.saved_tensors
-        safe, real = real_ids(ids, weight.shape[0])
-        parts = masked(real, weight.shape[0], *cotangents)
         needs = ctx.needs_input_grad
-        d_input = d_scale = d_weight = d_bias = None
-        if needs[0] or needs[4]:
-            gradient = d_features(weight, bias, safe, mean, product, parts)
-            d_input, d_scale = input_gradients(
-                input, scale, ctx.number, gradient, (needs[0], needs[4])
-            )
-            del gradient
-        if needs[1] or needs[2]:
-            found = structure(features, safe, real, mean, weight.shape[0], parts)
-            collecting = collector(weight)
-            if collecting is not None:
-                collecting.add(found)
-            else:
-                d_weight = torch.empty_like(weight) if needs[1] else None
-                d_bias = torch.empty_like(bias) if needs[2] else None
-                found.write(weight, bias, d_weight, d_bias)
+        d_input, d_weight, d_bias, d_scale = gradients(
+            *(input, weight, bias, ids, scale, ctx.number),
+            *(features, product, mean, cotangents),
+            wanted=(needs[0], needs[1], needs[2], needs[4]),
+            collecting=collector(weight),
+        )
         return d_input, d_weight, d_bias, None, d_scale, None, None

@@ -19,10 +19,11 @@ use crate::frozen;
 use crate::keep::{Exponentials, check_lent, kept};
 use crate::launch::{Stream, suffix};
 use crate::layout::{Arena, BackwardLayout, Geometry, StoreLayout, padded, pitch};
-use crate::params::{self, Fields, RowList, RowView, Scalars};
+use crate::params::{self, Fields, RowList, Scalars};
 use crate::plan::{Path, Plan};
 use crate::product::{
     Matrix, Operands, Operation, PlainEpilogue, choose, choose_sliced, plain, tensor_cores,
+    write_sums,
 };
 use crate::stored::Stored;
 
@@ -52,7 +53,6 @@ pub unsafe fn backward(
     scale: Option<&Tensor>,
     lender: Option<&Tensor>,
 ) -> Result<()> {
-    let stream_handle = stream;
     let stream = Stream::enter(device, stream)?;
     let call = Call::new(spec, problem, scale, plan, &stream)?;
     problem.check_fields("saved", spec, saved.iter().map(Some))?;
@@ -76,7 +76,6 @@ pub unsafe fn backward(
                 &g,
                 device,
                 &stream,
-                stream_handle,
                 workspace,
                 scale,
             )
@@ -367,25 +366,8 @@ impl Backward<'_> {
                 // SAFETY: operands checked, buffers of the layout.
                 unsafe { tensor_cores(call.stream, operation, &choice, &operands, epilogue)? };
                 let Some(sums) = sums else { return Ok(()) };
-                let scatter = params::Scatter {
-                    target: RowView {
-                        data: d_weight.address,
-                        outer_stride: d_weight.row_stride,
-                        inner_stride: 0,
-                        feature_stride: d_weight.column_stride,
-                        inner: 1,
-                    },
-                    list: RowList { total: count as i64, ..RowList::default() },
-                    packed: sums.address,
-                    factor: 0,
-                    pitch: sums.row_stride,
-                    features: call.features as i32,
-                    accumulate: i32::from(self.accumulate_weight),
-                    ..params::Scatter::default()
-                };
-                let name = format!("scatter_rows_f32_{}", suffix(d_weight.dtype));
                 // SAFETY: as above.
-                unsafe { call.stream.launch(&name, (scatter.blocks(), 1), 256, 0, &scatter) }
+                unsafe { write_sums(call.stream, sums, d_weight, count, self.accumulate_weight) }
             }
             None => {
                 let epilogue = PlainEpilogue {

@@ -12,11 +12,11 @@ use logitless_core::{DType, Gradients, Problem, Spec, Tensor, wanted};
 use crate::call::vector;
 use crate::driver::Facts;
 use crate::error::Result;
-use crate::launch::{Stream, suffix};
+use crate::launch::Stream;
 use crate::layout::{Arena, BackwardLayout, ForwardLayout, Geometry, pitch};
-use crate::params::{self, AnyMatrix, RowList, RowView};
+use crate::params::{self, AnyMatrix};
 use crate::plan::{Plan, backward_cost, backward_width};
-use crate::product::Matrix;
+use crate::product::{Matrix, write_sums};
 use crate::share::RATE;
 
 /// Fewest rows that fill the device in one wave.
@@ -235,7 +235,7 @@ pub(crate) unsafe fn forward(
     plan: &Plan,
     g: &Geometry,
     device: usize,
-    stream: usize,
+    stream: &Stream,
     workspace: &Tensor,
     scale: Option<&Tensor>,
 ) -> Result<()> {
@@ -245,7 +245,16 @@ pub(crate) unsafe fn forward(
         // SAFETY: the caller's promise, for some of the rows.
         unsafe {
             crate::forward(
-                spec, &problem, &outputs, &plan, device, stream, workspace, None, scale, None,
+                spec,
+                &problem,
+                &outputs,
+                &plan,
+                device,
+                stream.handle,
+                workspace,
+                None,
+                scale,
+                None,
             )?;
         }
     }
@@ -265,7 +274,6 @@ pub(crate) unsafe fn backward(
     g: &Geometry,
     device: usize,
     stream: &Stream,
-    stream_handle: usize,
     workspace: &Tensor,
     scale: Option<&Tensor>,
 ) -> Result<()> {
@@ -316,7 +324,7 @@ pub(crate) unsafe fn backward(
                 accumulate,
                 &plan,
                 device,
-                stream_handle,
+                stream.handle,
                 &workspace,
                 None,
                 scale,
@@ -337,7 +345,8 @@ pub(crate) unsafe fn backward(
             run.column_sum(totals.scale, 1, 1, vector(d_scale))?;
         }
         if let Some(d_weight) = &sums {
-            run.round(totals.weight, wide_pitch, d_weight)?;
+            let sums = Matrix::packed(totals.weight, acc, g.features, wide_pitch);
+            write_sums(stream, sums, Matrix::of(d_weight), g.classes, false)?;
         }
     }
     Ok(())
@@ -382,30 +391,6 @@ impl Totalling<'_> {
         };
         // SAFETY: the caller's promise.
         unsafe { self.stream.launch("column_sum", (columns.div_ceil(32), 1), 256, 0, &params) }
-    }
-
-    /// The weight's gradient from its sums.
-    unsafe fn round(&self, sums: usize, pitch: usize, d_weight: &Tensor) -> Result<()> {
-        let out = Matrix::of(d_weight);
-        let (classes, features) = (d_weight.axis(0).0, d_weight.axis(1).0);
-        let params = params::Scatter {
-            target: RowView {
-                data: out.address,
-                outer_stride: out.row_stride,
-                inner_stride: 0,
-                feature_stride: out.column_stride,
-                inner: 1,
-            },
-            list: RowList { total: classes as i64, ..RowList::default() },
-            packed: sums,
-            factor: 0,
-            pitch: pitch as i64,
-            features: features as i32,
-            ..params::Scatter::default()
-        };
-        let name = format!("scatter_rows_f32_{}", suffix(d_weight.dtype()));
-        // SAFETY: the caller's promise.
-        unsafe { self.stream.launch(&name, (params.blocks(), 1), 256, 0, &params) }
     }
 }
 

@@ -200,6 +200,30 @@ impl<'a> Call<'a> {
         Ok(out)
     }
 
+    /// What every product of E Wᵀ is told: the rows, classes `first .. first + count`, and the logit map.
+    /// `bias`: that of all classes in accumulators, or 0.
+    pub fn logit_product(
+        &self,
+        list: RowList,
+        bias: usize,
+        first: usize,
+        count: usize,
+    ) -> params::Gemm {
+        params::Gemm {
+            count: list.count,
+            bias: if bias == 0 { 0 } else { bias + self.acc.size() * first },
+            m: self.rows as i32,
+            n: count as i32,
+            k: self.features as i32,
+            ld_row: padded(self.rows) as i32,
+            col0: first as i32,
+            scale: self.problem.logit_scale as f32,
+            scale_at: self.scale_at,
+            softcap: self.problem.softcap as f32,
+            ..params::Gemm::default()
+        }
+    }
+
     /// Logits of the target classes, to `out` (N, K); the first column also to the lists of slots.
     /// `pack`: 0, or where live rows are packed as by [`Call::gather`].
     pub unsafe fn target_logits(

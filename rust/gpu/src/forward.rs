@@ -41,7 +41,6 @@ pub unsafe fn forward(
     scale: Option<&Tensor>,
     lent: Option<&Tensor>,
 ) -> Result<()> {
-    let stream_handle = stream;
     let stream = Stream::enter(device, stream)?;
     let call = Call::new(spec, problem, scale, plan, &stream)?;
     problem.check_fields("outputs", spec, outputs.iter().map(Some))?;
@@ -53,17 +52,7 @@ pub unsafe fn forward(
     if plan.blocks.forward > 0 {
         // SAFETY: the caller's promise.
         return unsafe {
-            blocks::forward(
-                spec,
-                problem,
-                outputs,
-                plan,
-                &g,
-                device,
-                stream_handle,
-                workspace,
-                scale,
-            )
+            blocks::forward(spec, problem, outputs, plan, &g, device, &stream, workspace, scale)
         };
     }
     if plan.frozen {
@@ -187,21 +176,11 @@ impl Forward<'_> {
             )
             .expect("the plan found it");
             let epilogue = params::Gemm {
-                count: list.count,
                 reference: layout.reference,
                 target: if call.targets().columns == 1 { layout.target } else { 0 },
-                bias: if bias == 0 { 0 } else { bias + 4 * first },
                 part: layout.part + 4 * index * chunk_tiles * ld_row,
                 part_plane: part_plane as i64,
-                m: rows as i32,
-                n: count as i32,
-                k: call.features as i32,
-                ld_row: ld_row as i32,
-                col0: first as i32,
-                scale: call.problem.logit_scale as f32,
-                scale_at: call.scale_at,
-                softcap: call.problem.softcap as f32,
-                ..params::Gemm::default()
+                ..call.logit_product(list, bias, first, count)
             };
             // SAFETY: operands checked, buffers of the layout.
             unsafe {

@@ -215,21 +215,11 @@ impl Forward<'_> {
     fn logits(&self, first: usize, count: usize) -> params::Gemm {
         let (call, layout) = (self.call, &self.layout);
         params::Gemm {
-            count: self.list.count,
             reference: self.store.reference,
             target: layout.target,
-            bias: if self.bias == 0 { 0 } else { self.bias + F32 * first },
             part: layout.part + F32 * first / self.g.part_columns * self.ld_row(),
             part_plane: (self.tiles() * self.ld_row()) as i64,
-            m: call.rows as i32,
-            n: count as i32,
-            k: call.features as i32,
-            ld_row: self.ld_row() as i32,
-            col0: first as i32,
-            scale: call.problem.logit_scale as f32,
-            scale_at: call.scale_at,
-            softcap: call.problem.softcap as f32,
-            ..params::Gemm::default()
+            ..call.logit_product(self.list, self.bias, first, count)
         }
     }
 

@@ -145,21 +145,11 @@ impl Forward<'_> {
     fn product(&self, first: usize, count: usize, tile: usize, tiles: usize) -> params::Gemm {
         let (call, ld_row) = (self.call, padded(self.call.rows));
         params::Gemm {
-            count: self.list.count,
             reference: self.store.reference,
             target: self.store.target,
-            bias: if self.bias == 0 { 0 } else { self.bias + F32 * first },
             part: self.layout.part + F32 * tile * ld_row,
             part_plane: (tiles * ld_row) as i64,
-            m: call.rows as i32,
-            n: count as i32,
-            k: call.features as i32,
-            ld_row: ld_row as i32,
-            col0: first as i32,
-            scale: call.problem.logit_scale as f32,
-            scale_at: call.scale_at,
-            softcap: call.problem.softcap as f32,
-            ..params::Gemm::default()
+            ..call.logit_product(self.list, self.bias, first, count)
         }
     }
 

@@ -12,7 +12,8 @@ use crate::params;
 /// The caller's stream, with its device's context current for as long as this lives.
 pub(crate) struct Stream {
     pub device: &'static Device,
-    handle: usize,
+    /// As frameworks give it.
+    pub handle: usize,
     _current: Current,
 }
 

@@ -7,7 +7,7 @@ use crate::driver::{TensorMap, TensorMapSpec};
 use crate::error::Result;
 use crate::images;
 use crate::launch::{Stream, suffix};
-use crate::params::{self, AnyMatrix};
+use crate::params::{self, AnyMatrix, RowList, RowView};
 
 /// A matrix in device memory. Strides count elements.
 #[derive(Clone, Copy, Debug)]
@@ -306,4 +306,35 @@ pub(crate) unsafe fn plain(
     let grid = (epilogue.n.div_ceil(64), epilogue.m.div_ceil(64));
     // SAFETY: the caller's promise.
     unsafe { stream.launch(&name, grid, 256, 0, &params) }
+}
+
+/// Rounds the first `rows` rows of float sums to a matrix of any strides, or adds them to it.
+///
+/// # Safety
+/// Both matrices have that many rows, valid until the stream has passed the call.
+pub(crate) unsafe fn write_sums(
+    stream: &Stream,
+    sums: Matrix,
+    out: Matrix,
+    rows: usize,
+    accumulate: bool,
+) -> Result<()> {
+    let params = params::Scatter {
+        target: RowView {
+            data: out.address,
+            outer_stride: out.row_stride,
+            inner_stride: 0,
+            feature_stride: out.column_stride,
+            inner: 1,
+        },
+        list: RowList { total: rows as i64, ..RowList::default() },
+        packed: sums.address,
+        pitch: sums.row_stride,
+        features: sums.columns as i32,
+        accumulate: i32::from(accumulate),
+        ..params::Scatter::default()
+    };
+    let name = format!("scatter_rows_f32_{}", suffix(out.dtype));
+    // SAFETY: the caller's promise.
+    unsafe { stream.launch(&name, (params.blocks(), 1), 256, 0, &params) }
 }

@@ -83,22 +83,12 @@ impl Backward<'_> {
         let epilogue = params::Gemm {
             columns: wanted(self.gradients.bias.is_some(), self.layout.columns),
             dots: wanted(self.gradients.scale.is_some(), self.layout.block_dots),
-            count: self.list.count,
             reference: self.layout.reference,
             target: self.layout.target,
             coef: self.layout.coef,
-            bias: if bias == 0 { 0 } else { bias + 4 * first },
-            m: call.rows as i32,
-            n: count as i32,
-            k: call.features as i32,
-            ld_row: padded(call.rows) as i32,
-            col0: first as i32,
-            scale: call.problem.logit_scale as f32,
-            scale_at: call.scale_at,
-            softcap: call.problem.softcap as f32,
             // Sums are of everything.
             shift: if self.unrounded() { 0.0 } else { flush_shift(call.classes) },
-            ..params::Gemm::default()
+            ..call.logit_product(self.list, bias, first, count)
         };
         let operands = Operands { a: self.packed, b: weight, d: Some(self.dx()) };
         // SAFETY: operands checked, buffers of the layout.
