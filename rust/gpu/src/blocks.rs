@@ -403,12 +403,7 @@ mod tests {
     use crate::share::Outputs;
 
     fn lean(rows: usize, features: usize, classes: usize, dtype: DType, gradients: u32) -> Plan {
-        let facts = Facts {
-            name: "test".into(),
-            capability: (9, 0),
-            multiprocessors: 132,
-            shared: 232_448,
-        };
+        let facts = Facts::h200();
         let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
         let (memory, outputs) = (Memory::Lean, Outputs::default());
         plan_for(&spec, rows, features, classes, dtype, memory, gradients, true, &facts, outputs)

@@ -202,8 +202,7 @@ mod tests {
 
     #[test]
     fn few_rows_are_summed_in_slices() {
-        let name = "test".into();
-        let facts = Facts { name, capability: (9, 0), multiprocessors: 132, shared: 232_448 };
+        let facts = Facts::h200();
         let slices = |m, n, k| slices(&facts, DType::Bf16, (m, n, k));
         if choose(&facts, Operation::DeF32, DType::Bf16, false, 1, 1).is_none() {
             return;

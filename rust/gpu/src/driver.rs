@@ -99,6 +99,14 @@ pub struct Facts {
     pub shared: u32,
 }
 
+#[cfg(test)]
+impl Facts {
+    /// An H200, for tests of what is decided without a device.
+    pub fn h200() -> Facts {
+        Facts { name: "test".into(), capability: (9, 0), multiprocessors: 132, shared: 232_448 }
+    }
+}
+
 /// A device and its primary context.
 #[derive(Debug)]
 pub struct Device {

@@ -425,10 +425,6 @@ mod tests {
     use crate::plan::plan_for;
     use crate::share::Outputs;
 
-    fn h200() -> Facts {
-        Facts { name: "test".into(), capability: (9, 0), multiprocessors: 132, shared: 232_448 }
-    }
-
     fn make(rows: usize, features: usize, classes: usize, memory: Memory, gradients: u32) -> Plan {
         let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
         let dtype = DType::Bf16;
@@ -441,7 +437,7 @@ mod tests {
             memory,
             gradients,
             true,
-            &h200(),
+            &Facts::h200(),
             Outputs::default(),
         )
         .unwrap()
@@ -449,7 +445,7 @@ mod tests {
 
     #[test]
     fn a_frozen_head_keeps_sums_within_the_lean_promise() {
-        if !exists(&h200(), Operation::StoreExp, DType::Bf16) {
+        if !exists(&Facts::h200(), Operation::StoreExp, DType::Bf16) {
             return;
         }
         for (n, d, v) in [(8192, 4096, 128_256), (8192, 1024, 65_536), (7, 33, 151), (1, 8, 1)] {

@@ -110,23 +110,19 @@ mod tests {
     use crate::product::{Operation, exists};
     use crate::share::Outputs;
 
-    fn h200() -> Facts {
-        Facts { name: "test".into(), capability: (9, 0), multiprocessors: 132, shared: 232_448 }
-    }
-
     /// The plan of (rows, features, classes), with entropy or without.
     fn make(shape: [usize; 3], entropy: bool, memory: Memory, lends: Lends) -> Plan {
         let [rows, features, classes] = shape;
         let names = ["rest", "target", "entropy"];
         let spec = Spec::new(&names[..2 + usize::from(entropy)], &[], 0, 0, 1).unwrap();
         let outputs = Outputs { compact: true, lends };
-        let (dtype, facts) = (DType::Bf16, h200());
+        let (dtype, facts) = (DType::Bf16, Facts::h200());
         plan_for(&spec, rows, features, classes, dtype, memory, 3, true, &facts, outputs).unwrap()
     }
 
     /// Whether this build has the kernels.
     fn possible() -> bool {
-        exists(&h200(), Operation::StoreExp, DType::Bf16)
+        exists(&Facts::h200(), Operation::StoreExp, DType::Bf16)
     }
 
     #[test]

@@ -339,10 +339,6 @@ pub(crate) fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
 mod tests {
     use super::*;
 
-    fn h200() -> Facts {
-        Facts { name: "test".into(), capability: (9, 0), multiprocessors: 132, shared: 232_448 }
-    }
-
     fn make(statistics: &[&str], targets: usize, memory: Memory, gradients: u32) -> Plan {
         let spec = Spec::new(statistics, &[], 0, 0, targets).unwrap();
         plan_for(
@@ -354,7 +350,7 @@ mod tests {
             memory,
             gradients,
             true,
-            &h200(),
+            &Facts::h200(),
             Outputs::default(),
         )
         .unwrap()
@@ -377,7 +373,7 @@ mod tests {
     fn fast_stores_cross_entropy_where_a_kernel_can() {
         let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
         let plan = make(&["rest", "target"], 1, Memory::Fast, 3);
-        let possible = exists(&h200(), Operation::StoreExp, DType::Bf16);
+        let possible = exists(&Facts::h200(), Operation::StoreExp, DType::Bf16);
         assert_eq!(plan.stored, possible);
         assert_eq!(plan.store_bytes > 8192 * 128_256 * 2, possible);
         // The scale's gradient needs sums in float.
@@ -391,7 +387,7 @@ mod tests {
             Memory::Fast,
             3,
             true,
-            &h200(),
+            &Facts::h200(),
             Outputs::default(),
         )
         .unwrap();
@@ -410,7 +406,7 @@ mod tests {
         let spec = Spec::new(&["rest", "target"], &[], 0, 0, 1).unwrap();
         for contiguous in [true, false] {
             for dtype in [DType::Bf16, DType::F32, DType::F64] {
-                let facts = h200();
+                let facts = Facts::h200();
                 let plan = plan_for(
                     &spec,
                     1000,
@@ -448,7 +444,7 @@ mod tests {
             Memory::Lean,
             0,
             true,
-            &h200(),
+            &Facts::h200(),
             Outputs::default(),
         );
         assert!(plan.unwrap_err().to_string().contains("0 to 8"));
@@ -464,8 +460,18 @@ mod tests {
             (8, 8, DType::F32, "topk"),
         ] {
             let (memory, outputs) = (Memory::Lean, Outputs::default());
-            let plan =
-                plan_for(&spec, 8, features, classes, dtype, memory, 0, true, &h200(), outputs);
+            let plan = plan_for(
+                &spec,
+                8,
+                features,
+                classes,
+                dtype,
+                memory,
+                0,
+                true,
+                &Facts::h200(),
+                outputs,
+            );
             let error = plan.unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
