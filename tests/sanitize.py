@@ -2,7 +2,7 @@ r"""One small case of every CUDA path, for compute-sanitizer; not collected by p
 
     for tool in memcheck racecheck; do
         compute-sanitizer --tool $tool --kernel-name-exclude kernel_substring=at6native \
-            python tests/sanitize.py
+            python tests/sanitize.py  # or a part of it: bf16, f16, f32, f64, partly
     done
 
 (The products alone, with their own reference: bench/kernels/sanitize.sh. synccheck is for those
@@ -91,18 +91,31 @@ def everything(dtype: Any) -> None:
     (total.sum() + s.weighted_sum.sum() + s.weighted_mean.sum() + s.topk_values.sum()).backward()
 
 
+def of(dtype: Any) -> None:
+    """Every path of a dtype."""
+    for memory in ("lean", "fast"):
+        for features in (64, 33):
+            cross_entropy(dtype, memory, features)
+        few_rows(dtype, memory)
+    everything(dtype)
+
+
+PARTS = {
+    "bf16": lambda: of(torch.bfloat16),
+    "f16": lambda: of(torch.float16),
+    "f32": lambda: of(torch.float32),
+    "f64": lambda: of(torch.float64),
+    "partly": partly_stored,
+}
+
+
 def main() -> None:
-    """Run every path once."""
-    torch.manual_seed(0)
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for memory in ("lean", "fast"):
-            for features in (64, 33):
-                cross_entropy(dtype, memory, features)
-            few_rows(dtype, memory)
-        everything(dtype)
-    partly_stored()
-    torch.cuda.synchronize()
-    print("every path ran", file=sys.stderr)
+    """Run every path once, or those of the parts that are named."""
+    for name in sys.argv[1:] or PARTS:
+        torch.manual_seed(0)
+        PARTS[name]()
+        torch.cuda.synchronize()
+        print(f"{name}: every path ran", file=sys.stderr)
 
 
 if __name__ == "__main__":
