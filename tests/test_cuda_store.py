@@ -17,9 +17,11 @@ from logitless._arrays import BF16  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 
-# (N, D, V): fewer rows than features and more; ragged tiles of rows and of classes; the last keeps
-# nothing.
-SHAPES = [(1031, 2048, 30011), (4099, 1024, 65539), (600, 4096, 20011), (300, 96, 9001)]
+# (N, D, V): fewer rows than features and more; ragged tiles of rows and of classes. More
+# exponentials than lean may hold, then fewer.
+LARGE = [(1531, 2048, 100_003), (4099, 1024, 65539), (2100, 1032, 70_011)]
+SMALL = [(1031, 2048, 30011), (600, 4096, 20011), (300, 96, 9001)]
+SHAPES = LARGE + SMALL
 # Bytes that buy a share of the middle of them.
 MEMORY = 160 << 20
 # Relative Frobenius error of a gradient, of which rounding the result to bf16 is 1.7e-3.
@@ -88,12 +90,14 @@ def test_any_share(shape: Any, share: int) -> None:
 
 
 def test_plans_say_what_is_kept() -> None:
-    for n, d, v in SHAPES[:3]:
+    for n, d, v in SHAPES:
         lean = plan(n, d, v, -1, lends=2)
-        assert lean.mode == "partly stored"
-        assert 0 < lean.lent_bytes <= 2 * v * d
+        assert lean.mode == ("partly stored" if (n, d, v) in LARGE else "stored")
+        assert lean.on_loan
+        assert lean.lent_bytes <= 2 * v * d
         assert plan(n, d, v, -1).mode == "fused"
-    n, d, v = SHAPES[1]
+        assert not plan(n, d, v, -1).store_bytes
+    n, d, v = LARGE[1]
     bought = plan(n, d, v, n * v)
     assert bought.mode == "partly stored"
     assert 0.8 * n * v <= bought.store_bytes <= n * v
@@ -106,8 +110,9 @@ def test_plans_say_what_is_kept() -> None:
 
 @pytest.mark.parametrize("memory", ["lean", MEMORY, "fast"])
 @pytest.mark.parametrize("form", ["bias", "softcap", "scale", "tensor scale", "buffer", "autocast"])
-def test_forms(form: str, memory: Any) -> None:
-    n, d, v = 1100, 2056, 20011
+@pytest.mark.parametrize("shape", [(1531, 2056, 100_003), (1100, 2056, 20011)])
+def test_forms(shape: Any, form: str, memory: Any) -> None:
+    n, d, v = shape
     e, w, y = make(n, d, v)
     leaves, options, exact = [e, w], {}, {}
     if form == "bias":
@@ -138,9 +143,10 @@ def test_forms(form: str, memory: Any) -> None:
 
 @pytest.mark.parametrize("memory", ["lean", MEMORY])
 @pytest.mark.parametrize("offset", [-500.0, -70.0, 70.0, 500.0])
-def test_rest_far_from_the_target(offset: float, memory: Any) -> None:
+@pytest.mark.parametrize("shape", [(1531, 2048, 100_003), (600, 2048, 20011)])
+def test_rest_far_from_the_target(shape: Any, offset: float, memory: Any) -> None:
     """Targets far above or below the others, in the kept classes and behind them."""
-    n, d, v = 600, 2048, 20011
+    n, d, v = shape
     e, w, y = make(n, d, v, ignored=0.0)
     with torch.no_grad():
         e[:, 0], w[:, 0] = 1.0, 0.0
@@ -155,9 +161,10 @@ def test_rest_far_from_the_target(offset: float, memory: Any) -> None:
         close(actual, wanted, 4e-3)
 
 
-def test_classes_that_cannot_be() -> None:
+@pytest.mark.parametrize("shape", [(1531, 2048, 100_003), (600, 2048, 20011)])
+def test_classes_that_cannot_be(shape: Any) -> None:
     """A bias of -inf: no gradient there, also where it is the target's."""
-    n, d, v = 600, 2048, 20011
+    n, d, v = shape
     e, w, y = make(n, d, v, ignored=0.0)
     b = torch.zeros(v, device="cuda", dtype=torch.bfloat16)
     b[7::13] = -torch.inf
@@ -174,10 +181,12 @@ def test_classes_that_cannot_be() -> None:
 
 @pytest.mark.parametrize("memory", ["lean", MEMORY])
 @pytest.mark.parametrize("every", [2, 3, 17])
-def test_uneven_and_zero_cotangents(every: int, memory: Any) -> None:
+@pytest.mark.parametrize("shape", [(1531, 2056, 100_003), (1100, 2056, 20011)])
+def test_uneven_and_zero_cotangents(shape: Any, every: int, memory: Any) -> None:
     """Rows without a cotangent, so many that the others are made again, and fewer."""
-    e, w, y = make(1100, 2056, 20011, ignored=0.6)
-    cotangent = torch.rand(1100, device="cuda") * torch.logspace(-6, 2, 1100, device="cuda")
+    n = shape[0]
+    e, w, y = make(*shape, ignored=0.6)
+    cotangent = torch.rand(n, device="cuda") * torch.logspace(-6, 2, n, device="cuda")
     cotangent[::every] = 0.0
     losses = LF.linear_cross_entropy(e, w, y, memory=memory, reduction="none")
     gradients = torch.autograd.grad((losses * cotangent).sum(), [e, w])
@@ -188,8 +197,9 @@ def test_uneven_and_zero_cotangents(every: int, memory: Any) -> None:
         close(actual, wanted, 4e-3)
 
 
-def test_no_cotangent_at_all() -> None:
-    e, w, y = make(1100, 2056, 20011, ignored=1.0)
+@pytest.mark.parametrize("shape", [(1531, 2056, 100_003), (1100, 2056, 20011)])
+def test_no_cotangent_at_all(shape: Any) -> None:
+    e, w, y = make(*shape, ignored=1.0)
     for ids in (y, y.clamp(min=0)):
         losses = LF.linear_cross_entropy(e, w, ids, reduction="none")
         gradients = torch.autograd.grad((losses * 0.0).sum(), [e, w])
@@ -198,7 +208,7 @@ def test_no_cotangent_at_all() -> None:
 
 @pytest.mark.parametrize("memory", ["lean", MEMORY, "fast"])
 @pytest.mark.parametrize("form", ["plain", "bias", "far", "softcap", "masked"])
-@pytest.mark.parametrize("shape", [SHAPES[0], (2100, 1032, 30011)])
+@pytest.mark.parametrize("shape", [SMALL[0], (2100, 1032, 30011)])
 def test_entropy(shape: Any, form: str, memory: Any) -> None:
     n, _, v = shape
     e, w, y = make(*shape)
@@ -238,8 +248,9 @@ def test_entropy(shape: Any, form: str, memory: Any) -> None:
 
 
 @pytest.mark.parametrize("memory", ["lean", MEMORY])
-def test_a_second_backward(memory: Any) -> None:
-    e, w, y = make(*SHAPES[0])
+@pytest.mark.parametrize("shape", [LARGE[0], SMALL[0]])
+def test_a_second_backward(shape: Any, memory: Any) -> None:
+    e, w, y = make(*shape)
     loss = LF.linear_cross_entropy(e, w, y, memory=memory)
     first = torch.autograd.grad(loss, [e, w], retain_graph=True)
     kept = [t.clone() for t in first]
@@ -251,8 +262,9 @@ def test_a_second_backward(memory: Any) -> None:
         close(c, a.double(), 4e-3)
 
 
-def test_needs_that_changed() -> None:
-    e, w, y = make(*SHAPES[0])
+@pytest.mark.parametrize("shape", [LARGE[0], SMALL[0]])
+def test_needs_that_changed(shape: Any) -> None:
+    e, w, y = make(*shape)
     _, expected = reference((e, w), y)
     for index, leaf in enumerate((e, w)):
         loss = LF.linear_cross_entropy(e, w, y)
@@ -277,9 +289,10 @@ def test_double_backward() -> None:
     close(h, expected, 2e-2)
 
 
-def test_calls_side_by_side() -> None:
+@pytest.mark.parametrize("shape", [LARGE[0], SMALL[0]])
+def test_calls_side_by_side(shape: Any) -> None:
     """Two forwards before their backwards: one of them has the loan."""
-    e, w, y = make(*SHAPES[0])
+    e, w, y = make(*shape)
     other = torch.where(y >= 0, (y + 1) % w.shape[0], y)
     a, b = LF.linear_cross_entropy(e, w, y), LF.linear_cross_entropy(e, w, other)
     for loss, ids in ((b, other), (a, y)):
@@ -292,7 +305,7 @@ def test_calls_side_by_side() -> None:
 @pytest.mark.parametrize("memory", ["lean", MEMORY])
 @pytest.mark.parametrize("way", ["checkpoint", "reentrant", "compile", "func", "hooks"])
 def test_ways_round_autograd(way: str, memory: Any) -> None:
-    e, w, y = make(*SHAPES[1])
+    e, w, y = make(*LARGE[1])
     _, expected = reference((e, w), y)
 
     def loss(e: Any, w: Any) -> Any:
@@ -316,8 +329,9 @@ def test_ways_round_autograd(way: str, memory: Any) -> None:
 
 
 @pytest.mark.parametrize("memory", ["lean", MEMORY])
-def test_graph_and_same_bits(memory: Any) -> None:
-    e, w, y = make(*SHAPES[0])
+@pytest.mark.parametrize("shape", [LARGE[0], SMALL[0]])
+def test_graph_and_same_bits(shape: Any, memory: Any) -> None:
+    e, w, y = make(*shape)
 
     def step() -> Any:
         loss = LF.linear_cross_entropy(e, w, y, memory=memory)
@@ -335,20 +349,24 @@ def test_graph_and_same_bits(memory: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
-def test_shifted_targets() -> None:
-    e, w, y = make(1030, 2056, 20011)
-    e, y = e.detach().view(5, 206, 2056).requires_grad_(), y.view(5, 206)
+@pytest.mark.parametrize("shape", [(1530, 2056, 100_003), (1030, 2056, 20011)])
+def test_shifted_targets(shape: Any) -> None:
+    n, d = shape[:2]
+    e, w, y = make(*shape)
+    e, y = e.detach().view(5, n // 5, d).requires_grad_(), y.view(5, n // 5)
     loss = LF.linear_cross_entropy(e, w, y, shift=1)
     d_e, d_w = torch.autograd.grad(loss, [e, w])
-    flat = e.detach()[:, :-1].reshape(-1, 2056).contiguous()
+    flat = e.detach()[:, :-1].reshape(-1, d).contiguous()
     _, expected = reference((flat, w), y[:, 1:].reshape(-1))
     assert not d_e[:, -1].any()
-    close(d_e[:, :-1].reshape(-1, 2056), expected[0])
+    close(d_e[:, :-1].reshape(-1, d), expected[0])
     close(d_w, expected[1])
 
 
 @pytest.mark.parametrize("memory", ["lean", 200 << 20])
-@pytest.mark.parametrize("shape", [(4096, 1024, 65536), (2048, 2048, 65536), (8192, 1024, 50257)])
+@pytest.mark.parametrize(
+    "shape", [(4096, 1024, 65536), (2048, 2048, 65536), (8192, 1024, 50257), (1024, 1024, 32768)]
+)
 def test_memory_is_the_plan(shape: Any, memory: Any) -> None:
     n, d, v = shape
     e, w, y = make(*shape, ignored=0.0)
@@ -382,8 +400,32 @@ def test_memory_is_the_plan(shape: Any, memory: Any) -> None:
     assert torch.cuda.memory_allocated() <= before + rows
 
 
+def test_waiting_calls_keep_nothing() -> None:
+    """Many forwards before their backwards: one store at most."""
+    n, d, v = SMALL[0]
+    e, w, y = make(n, d, v)
+    one = plan(n, d, v, -1, lends=2).store_bytes
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    losses = [LF.linear_cross_entropy(e, w, y) for _ in range(5)]
+    assert torch.cuda.memory_allocated() - before <= one + (5 << 20)
+    gradients = [torch.autograd.grad(loss, [e, w]) for loss in losses]
+    for pair in gradients[1:]:
+        for a, b in zip(pair, gradients[0], strict=True):
+            close(a, b.double())
+
+
+def test_a_buffer_that_products_cannot_write() -> None:
+    e, w, y = make(*SMALL[0])
+    buffer = torch.zeros(w.shape[1], w.shape[0], device="cuda").T
+    LF.linear_cross_entropy(e, w, y, grad_buffer=buffer).backward()
+    _, expected = reference((e, w), y)
+    close(e.grad, expected[0])
+    close(buffer, expected[1])
+
+
 def test_nothing_is_lent_without_gradients() -> None:
-    e, w, y = make(*SHAPES[0])
+    e, w, y = make(*SMALL[0])
     LF.linear_cross_entropy(e.detach(), w.detach(), y)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

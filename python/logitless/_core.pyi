@@ -405,6 +405,9 @@ class CudaPlan:
     def lent_bytes(self) -> int:
         """What the memory of d_weight holds from the forward on; 0: it need not exist yet."""
     @property
+    def on_loan(self) -> bool:
+        """Whether the store counts on what ``lends`` said: it is good for one backward."""
+    @property
     def threads_bytes(self) -> int:
         """Zero: a GPU has no scratch of threads."""
     @property

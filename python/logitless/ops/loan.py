@@ -3,7 +3,8 @@
 A backward of cross entropy recomputes exponentials that the forward had in its hands. Lean keeps as
 many as fit into memory that the backward needs anyway: that of its tiles, and the gradient of the
 weight, which is allocated by the forward instead. Until the backward writes it, its end holds
-exponentials; each chunk of them is consumed before the gradient's rows reach it.
+exponentials; each chunk of them is consumed before the gradient's rows reach it. Where all of them
+fit into lean's quarter of the gradients, or 256 MiB, nothing is recomputed.
 
 So a loan is good for one backward. A second one through the same graph recomputes everything, and
 so does whatever cannot know that the first is the last: torch.compile, torch.func, checkpointing
@@ -16,6 +17,8 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from logitless import _core
+from logitless._arrays import torch_handle
 from logitless._extras import torch
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Loan", "offer"]
 
+_CUDA: Any = _core  # there only where the extension was built with it
 _WEIGHT = 2  # of Call.gradients
 
 _hooks: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
@@ -46,7 +50,7 @@ class Loan:
 
     def take(self, plan: Any, weight: torch.Tensor) -> bool:
         """Allocate what a plan makes of the loan; False if it has no use for it."""
-        if plan.mode != "partly stored":
+        if not plan.on_loan:
             return False
         self.store = torch.empty(plan.store_bytes, dtype=torch.uint8, device=weight.device)
         if plan.lent_bytes:
@@ -66,6 +70,8 @@ def offer(call: Call, weight: torch.Tensor) -> Loan | None:
         or (call.softcap and "entropy" in call.core)
     ):
         return None
+    if call.grad_buffer is not None and not _CUDA.cuda_describable(torch_handle(call.grad_buffer)):
+        return None  # products cannot add to it in place
     running = _running.get(weight.device.index)
     if _hooks is None or _hooks(False) is not None or (running is not None and running()):
         return None

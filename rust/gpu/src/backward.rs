@@ -191,7 +191,8 @@ impl Backward<'_> {
             if made > 0 {
                 // Which of the two does anything is known to the device alone.
                 self.among(self.layout.kept).stored_chunks()?;
-                let again = Backward { pieces: &[], ..self.among(self.layout.again) };
+                let width = self.again_width(made);
+                let again = Backward { pieces: &[], width, ..self.among(self.layout.again) };
                 again.chunks(0..made, bias)?;
             }
             self.chunks(made..call.classes, bias)?;
@@ -203,6 +204,19 @@ impl Backward<'_> {
     /// The same over as many rows as the device says at `count`; none at all if that is negative.
     fn among(&self, count: usize) -> Self {
         Backward { list: RowList { count, ..self.list }, ..*self }
+    }
+
+    /// Width of the tiles that make `made` kept classes again: most often of no row at all, so as few
+    /// launches as memory allows.
+    fn again_width(&self, made: usize) -> usize {
+        let (call, share) = (self.call, &self.call.plan.share);
+        // Sums beside the tile have room for the others' width.
+        if !share.overwrites() || self.unrounded() {
+            return self.width;
+        }
+        let column = padded(call.rows) * call.dtype.size();
+        let most = share.own_bytes(call.rows) / column.max(1) / 64 * 64;
+        made.div_ceil(made.div_ceil(most.max(64))).next_multiple_of(64)
     }
 
     /// Whether gradients of the logits come from a product's epilogue.

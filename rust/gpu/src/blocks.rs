@@ -95,7 +95,8 @@ pub(crate) fn plan(plan: &Plan, g: &Geometry, budget: usize, facts: &Facts) -> O
     let mut chosen = (whole, backward_arena(g.rows, false, whole));
     if g.gradients != 0 {
         let fits = chosen.1.used <= budget;
-        let most = if fits { WORTH * backward_cost(g, facts, whole) } else { f64::INFINITY };
+        let most =
+            if fits { WORTH * backward_cost(g, facts, g.classes, whole) } else { f64::INFINITY };
         let totals = totals_bytes(g);
         let within = |room: usize| {
             candidates()
@@ -105,7 +106,7 @@ pub(crate) fn plan(plan: &Plan, g: &Geometry, budget: usize, facts: &Facts) -> O
                     // Sums of dW are read and written once a block, at 3.5 TB/s.
                     let traffic = 2.0 * totals as f64 / 3.5e12 * RATE;
                     let cost = g.rows.div_ceil(rows) as f64
-                        * (backward_cost(&of(rows), facts, width) + traffic);
+                        * (backward_cost(&of(rows), facts, g.classes, width) + traffic);
                     let serves = arena.used <= room && cost < most;
                     serves.then_some((rows, width, arena, cost))
                 })

@@ -113,6 +113,12 @@ impl Geometry {
         padded(self.rows) * pitch(self.features, self.acc()) * self.acc().size()
     }
 
+    /// Bytes of the gradient of the input, where it is wanted.
+    pub fn input_gradient_bytes(&self) -> usize {
+        let size = if self.wants(wanted::INPUT) { self.dtype.size() } else { 0 };
+        self.rows * self.features * size
+    }
+
     /// Whether the gradient of the input is a buffer that can hold the packed input until it is written.
     pub fn may_borrow(&self) -> bool {
         self.compact

@@ -61,14 +61,17 @@ pub(crate) fn partly_stored(
     };
     while room > 0 {
         // The other classes' tiles take the place of the store, if the backward may overwrite it.
-        let (chunk, most, tile) = match lends {
-            Lends::Nothing => (width, width, 0),
-            _ => {
-                let chunk = width.min(room / column / 64 * 64);
-                (chunk, WIDEST, chunk)
-            }
+        let (most, widest) = match lends {
+            Lends::Nothing => (width, width),
+            _ => (WIDEST, (room / column).min(WIDEST).min(g.classes + 63) / 64 * 64),
         };
-        let own = prices.own(lent.classes, most, room);
+        let (own, tile) = prices.own(lent.classes, most, room, widest);
+        let (chunk, tile) = match (lends, tile) {
+            (Lends::Nothing, _) => (width, 0),
+            // Everything is kept: the device may still find that a few rows are cheaper made again.
+            (_, 0) => (widest, widest),
+            _ => (tile, tile),
+        };
         let share = Share { lent, own, tile, lends };
         if share.classes() == 0 || chunk == 0 {
             return None;
@@ -134,7 +137,7 @@ mod tests {
             ([8192, 1024, 65_536], 0.25),
             ([8192, 768, 50_257], 0.2),
             ([2048, 4096, 128_256], 0.80),
-            ([1000, 1024, 65_537], 0.5),
+            ([2000, 1024, 100_003], 0.5),
         ];
         for (shape, least) in shapes.into_iter().filter(|_| possible()) {
             let [rows, features, classes] = shape;
@@ -148,6 +151,32 @@ mod tests {
                 // The input's gradient does not exist yet.
                 let forward = plan.store_bytes + plan.forward_bytes;
                 assert!(forward <= budget + 2 * features * rows, "{plan:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn lean_keeps_everything_that_fits_for_one_backward() {
+        let shapes =
+            [[128, 1024, 32_768], [1000, 1024, 65_537], [4096, 1024, 151], [8192, 4096, 4096]];
+        for shape in shapes.into_iter().filter(|_| possible()) {
+            let [rows, features, classes] = shape;
+            let gradients = 2 * features * (rows + classes);
+            let budget = (gradients / 4).max(256 << 20);
+            for lends in [Lends::Store, Lends::Weight(2), Lends::Weight(4)] {
+                for memory in [Memory::Lean, Memory::Bytes(1 << 20)] {
+                    let plan = make(shape, false, memory, lends);
+                    assert!(plan.stored && plan.on_loan() && plan.lent_bytes() == 0, "{plan:?}");
+                    assert!(plan.store_bytes + plan.backward_bytes <= budget, "{plan:?}");
+                    let forward = plan.store_bytes + plan.forward_bytes;
+                    assert!(forward <= budget + 2 * features * rows, "{plan:?}");
+                }
+            }
+            // Without a loan lean keeps nothing; what is bought or fast may serve again.
+            assert_eq!(make(shape, false, Memory::Lean, Lends::Nothing).store_bytes, 0);
+            for memory in [Memory::Bytes(1 << 30), Memory::Fast] {
+                let plan = make(shape, false, memory, Lends::Weight(2));
+                assert!(plan.stored && !plan.on_loan(), "{plan:?}");
             }
         }
     }

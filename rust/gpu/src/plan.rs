@@ -16,7 +16,7 @@ use crate::layout::{
 use crate::params::MAX_POWERS;
 use crate::partly::partly_stored;
 use crate::product::{Matrix, Operation, choose, choose_sliced, exists, slices};
-use crate::share::{LAUNCH, Outputs, Share};
+use crate::share::{LAUNCH, Lends, Outputs, PASS, Share};
 
 /// Where statistics are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +73,11 @@ impl Plan {
     /// Bytes of exponentials that the memory of the weight's gradient holds from the forward on.
     pub fn lent_bytes(&self) -> usize {
         self.share.lent_bytes(self.rows)
+    }
+
+    /// Whether the store counts on what the caller said that it lends: good for one backward.
+    pub fn on_loan(&self) -> bool {
+        self.share.lends != Lends::Nothing
     }
 }
 
@@ -212,6 +217,11 @@ pub(crate) fn plan_for(
         if arena.used <= allowed && !g.entropy() {
             return Ok(stored_plan(plan, &g, arena));
         }
+        if memory != Memory::Fast
+            && let Some(whole) = stored_on_loan(&plan, &g, arena, memory, outputs.lends)
+        {
+            return Ok(whole);
+        }
     }
     if let Some(cut) = blocks::plan(&plan, &g, budget, facts) {
         return Ok(cut);
@@ -267,6 +277,27 @@ fn stored_plan(mut plan: Plan, g: &Geometry, store: Arena) -> Plan {
     plan
 }
 
+/// The same where a store of every class fits into what one backward may hold beside the gradients.
+fn stored_on_loan(
+    plan: &Plan,
+    g: &Geometry,
+    store: Arena,
+    memory: Memory,
+    lends: Lends,
+) -> Option<Plan> {
+    // Exponentials in 16 bits would show in sums that cancel: only who asks for them gets them.
+    if lends == Lends::Nothing || g.entropy() || (memory == Memory::Lean && g.unrounded) {
+        return None;
+    }
+    let whole = stored_plan(plan.clone(), g, store);
+    let lean = lean_budget(g);
+    // The gradient of the input does not exist before the backward.
+    let forward = whole.store_bytes + whole.forward_bytes <= lean + g.input_gradient_bytes();
+    let backward = whole.store_bytes + whole.backward_bytes <= lean;
+    let share = Share { lends, ..Share::default() };
+    (forward && backward).then_some(Plan { share, ..whole })
+}
+
 /// Bytes of a tile of logits on the tiled path.
 const TILE_BYTES: usize = 64 << 20;
 
@@ -306,20 +337,28 @@ pub(crate) fn widest(rows: usize) -> usize {
 
 /// Classes a chunk of the backward: the budget's most, cut so that the last waves are full.
 pub(crate) fn backward_width(g: &Geometry, budget: usize, facts: &Facts) -> usize {
-    let all = g.classes.next_multiple_of(64).max(64);
-    let most = BackwardLayout::widest(g, budget, g.may_borrow()).clamp(384, widest(g.rows));
+    let most = BackwardLayout::widest(g, budget, g.may_borrow());
+    even_width(g, facts, g.classes, most.clamp(384, widest(g.rows)))
+}
+
+/// The width of at most `most` at which a backward makes the tiles of `classes` classes fastest.
+pub(crate) fn even_width(g: &Geometry, facts: &Facts, classes: usize, most: usize) -> usize {
+    let all = classes.next_multiple_of(64).max(64);
     if most >= all {
         return all;
     }
     // All widths down to half of the most: the cheapest by waves, the narrower of equals.
+    let most = most.max(64);
     (most / 2..=most)
         .filter(|width| width.is_multiple_of(64))
-        .min_by(|&a, &b| backward_cost(g, facts, a).total_cmp(&backward_cost(g, facts, b)))
-        .unwrap_or(most)
+        .map(|width| (width, backward_cost(g, facts, classes, width)))
+        .min_by(|a, b| a.1.total_cmp(&b.1))
+        .map_or(most / 64 * 64, |found| found.0)
 }
 
-/// Time of a backward cut into chunks of `width` classes, in the units of `Choice::cost` times depth.
-pub(crate) fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
+/// Time of a backward that makes `classes` classes in chunks of `width`, in the units of
+/// `Choice::cost` times depth.
+pub(crate) fn backward_cost(g: &Geometry, facts: &Facts, classes: usize, width: usize) -> f64 {
     let chunk = |width: usize| {
         let cost = |operation, m, n, depth: usize| {
             choose(facts, operation, g.dtype, false, m, n)
@@ -330,8 +369,10 @@ pub(crate) fn backward_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
             + cost(Operation::DwF32, width, g.features, g.rows)
             + choose_sliced(facts, g.dtype, (g.rows, g.features, width), g.slices)
                 .map_or(0.0, |(_, cost)| cost + LAUNCH)
+            // Adding to the sums of the input's gradient reads and writes them.
+            + 2.0 * PASS * (g.rows * g.features) as f64
     };
-    let (whole, last) = (g.classes / width, g.classes % width);
+    let (whole, last) = (classes / width, classes % width);
     whole as f64 * chunk(width) + if last > 0 { chunk(last) } else { 0.0 }
 }
 

@@ -24,7 +24,8 @@
 
 use crate::driver::Facts;
 use crate::layout::{Geometry, padded};
-use crate::product::{Operation, choose};
+use crate::plan::{backward_cost, even_width};
+use crate::product::{Operation, choose, choose_sliced};
 
 /// Bytes of an exponential: bf16.
 const SIZE: usize = 2;
@@ -173,7 +174,7 @@ pub(crate) const RATE: f64 = 0.6e15 / 132.0 / 2.0;
 /// A launch's tail and refill, in products.
 pub(crate) const LAUNCH: f64 = 30e-6 * RATE;
 /// The pass over an exponential: 4 bytes at 4 TB/s, in products.
-const PASS: f64 = 1e-12 * RATE;
+pub(crate) const PASS: f64 = 1e-12 * RATE;
 
 impl Prices<'_> {
     /// Prices beside a backward that makes the rest again in chunks of `width` classes.
@@ -197,19 +198,24 @@ impl Prices<'_> {
     fn products(&self, width: usize) -> f64 {
         let (rows, features) = (self.g.rows, self.g.features);
         self.cost(Operation::DwF32, width, features) * rows as f64
-            + self.cost(Operation::DeF32, rows, features) * width as f64
+            + choose_sliced(self.facts, self.g.dtype, (rows, features, width), self.g.slices)
+                .map_or(0.0, |found| found.1)
             // Adding to the sums of the input's gradient reads and writes them.
             + 2.0 * PASS * (rows * features) as f64
     }
 
-    /// What a kept chunk of `width` classes saves; it may be less than nothing.
-    pub fn saving(&self, width: usize) -> f64 {
+    /// Time of a kept chunk of `width` classes.
+    fn kept(&self, width: usize) -> f64 {
         let (rows, depth) = (self.g.rows, self.g.features as f64);
-        let kept = self.cost(Operation::StoreExp, rows, width) * depth
+        self.cost(Operation::StoreExp, rows, width) * depth
             + self.products(width)
             + (rows * width) as f64 * PASS
-            + 4.0 * LAUNCH;
-        width as f64 * self.again - kept
+            + 4.0 * LAUNCH
+    }
+
+    /// What a kept chunk of `width` classes saves; it may be less than nothing.
+    fn saving(&self, width: usize) -> f64 {
+        width as f64 * self.again - self.kept(width)
     }
 
     /// The chunks in the gradient of the weight that save most, or none.
@@ -226,25 +232,46 @@ impl Prices<'_> {
         })
     }
 
-    /// Chunks of at most `most` classes behind `first`, in `bytes` of memory of their own; or none.
-    pub fn own(&self, first: usize, most: usize, bytes: usize) -> Strip {
+    /// Chunks of at most `most` classes behind `first`, in `bytes` of memory of their own; and the
+    /// width, of at most `widest` classes, of the tiles that make the others again.
+    pub fn own(&self, first: usize, most: usize, bytes: usize, widest: usize) -> (Strip, usize) {
         let left = self.g.classes - first;
         let room = bytes / (padded(self.g.rows) * SIZE) / 64 * 64;
-        let chunks = room.min(left).div_ceil(most.max(64));
-        let none = Strip { first, ..Strip::default() };
-        if chunks == 0 {
-            return none;
+        let chunks = room.min(left).div_ceil(most.max(64)).max(1);
+        let strip = |width: usize| {
+            let classes = left.min(chunks * width);
+            let width = if classes == 0 { 0 } else { width };
+            Strip { first, classes, width }
+        };
+        // The widest, some narrower ones whose last wave may be fuller, and none at all.
+        let most = (room / chunks).min(most).min(left.div_ceil(chunks).next_multiple_of(64));
+        let widths = (0..6).map(|k| most.saturating_sub(k * most / 24) / 64 * 64).chain([0]);
+        widths
+            .map(|width| {
+                let strip = strip(width);
+                let (tile, others) = self.others(left - strip.classes, widest);
+                (strip, tile, self.kept_in(&strip) + others)
+            })
+            .min_by(|a, b| a.2.total_cmp(&b.2))
+            .map(|(strip, tile, _)| (strip, tile))
+            .expect("there are seven")
+    }
+
+    /// The width of tiles at which `classes` classes are made again fastest, and that time.
+    fn others(&self, classes: usize, widest: usize) -> (usize, f64) {
+        if classes == 0 {
+            return (0, 0.0);
         }
-        let all = left.div_ceil(chunks).next_multiple_of(64);
-        if chunks * all <= room && all <= most {
-            let pays = self.saving(left / chunks) > 0.0;
-            return if pays { Strip { first, classes: left, width: all } } else { none };
-        }
-        self.best(chunks, room / chunks).map_or(none, |(width, _)| Strip {
-            first,
-            classes: chunks * width,
-            width,
-        })
+        let (rows, depth) = (self.g.rows, self.g.features as f64);
+        let width = even_width(self.g, self.facts, classes, widest);
+        let forward = self.cost(Operation::OnlineRest, rows, classes) * depth + LAUNCH;
+        (width, forward + backward_cost(self.g, self.facts, classes, width))
+    }
+
+    /// Time of all chunks of a strip.
+    fn kept_in(&self, strip: &Strip) -> f64 {
+        let Some(last) = strip.chunks().checked_sub(1) else { return 0.0 };
+        last as f64 * self.kept(strip.width) + self.kept(strip.classes - last * strip.width)
     }
 
     /// The width of at most `most` at which `chunks` chunks save most, and what they save.

@@ -134,6 +134,12 @@ impl CudaPlan {
         self.plan.lent_bytes()
     }
 
+    /// Whether the store counts on what `lends` said: good for one backward.
+    #[getter]
+    fn on_loan(&self) -> bool {
+        self.plan.on_loan()
+    }
+
     /// 0: a GPU has no scratch of threads.
     #[getter]
     fn threads_bytes(&self) -> usize {
