@@ -70,6 +70,7 @@ class Case:
     report: Report
     count: int | None = None
     listed: bool = False
+    uneven: bool = False  # two clusters take turns, and two tiles have one of their own
 
     def __post_init__(self) -> None:
         m, n, k = self.extents
@@ -79,6 +80,7 @@ class Case:
         self.block = kernel["n"] if kernel["by_maps"] else 64
         self.mapped = kernel["mapped"]
         self.tag = f"{self.name} {m}x{n}x{k} count {self.count} listed {self.listed}"
+        self.tag += " uneven" * self.uneven
         dtype = DTYPES[self.dtype]
         spread = 1.0 if self.is_gradient else 1.5 / math.sqrt(k)
         a = torch.randn(m, k, device=DEVICE).to(dtype)
@@ -107,7 +109,10 @@ class Case:
         return torch.full((m, round_up(n, 8) + 8), math.nan, device=DEVICE, dtype=dtype)
 
     def launch(self, d: Tensor | None = None) -> None:
-        Launch(self.kernels, self.name, self.extents, self.a, self.b, d, **self.fields)()
+        if self.uneven:
+            self.fields["sweepers"] = 2
+        options = self.fields | {"singles": 2 * self.uneven}
+        Launch(self.kernels, self.name, self.extents, self.a, self.b, d, **options)()
 
     def result(self, what: str, out: Tensor, wanted: Tensor, most: float) -> None:
         n = self.extents[1]
@@ -338,6 +343,8 @@ def main() -> None:
         Case(kernels, name, (700, 1500, 520), report, count=333).run()
         if kernel["operation"].startswith("dw"):
             Case(kernels, name, (300, 520, 200), report, count=0).run()
+            if kernel["by_maps"]:
+                Case(kernels, name, (1000, 1500, 136), report, uneven=True).run()
         if kernel["operation"] in ("store_exp", "store_moment", "repair"):
             Case(kernels, name, (1000, 1500, 136), report, listed=True).run()
     print(f"{report.passed} passed, {len(report.failed)} failed")

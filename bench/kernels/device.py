@@ -36,14 +36,25 @@ class Params(c.Structure):
         ("reserved", c.c_int),
         ("slices", c.c_int),
         ("slice_rows", c.c_int),
+        ("sweepers", c.c_int),
+        ("unused", c.c_int),
     )
 
 
-assert c.sizeof(Params) == 240
+assert c.sizeof(Params) == 248
+
+
+class Attribute(c.Structure):
+    """CUlaunchAttribute: its id, padding, and the first of 64 bytes of value."""
+
+    _fields_ = (("id", c.c_uint), ("padding", c.c_uint), ("value", c.c_int), ("rest", c.c_int * 15))
+
+
+PROGRAMMATIC_STREAM_SERIALIZATION = 6
 
 
 class LaunchConfig(c.Structure):
-    """CUlaunchConfig without attributes: the cluster's shape is compiled in."""
+    """CUlaunchConfig; the cluster's shape is compiled in."""
 
     _fields_ = (
         ("grid", c.c_uint * 3),
@@ -111,7 +122,8 @@ class Launch:
     """D[m, n] = epilogue(A[m, k] B[n, k]ᵀ), prepared; calling it enqueues it on the current stream.
 
     A and B are given as the operation stores them: dw and dw_f32 take K as rows of both, de and
-    de_f32 of B.
+    de_f32 of B. ``beside``: the kernel may start as blocks of the one ahead end. ``singles``: so
+    many tiles go to clusters of their own, the others to ``sweepers`` clusters in turns.
     """
 
     def __init__(
@@ -122,6 +134,9 @@ class Launch:
         a: torch.Tensor,
         b: torch.Tensor,
         d: torch.Tensor | None = None,
+        *,
+        beside: bool = False,
+        singles: int = 0,
         **fields: Any,
     ) -> None:
         m, n, k = extents
@@ -154,7 +169,10 @@ class Launch:
             if d is not None:
                 map_d = tensor_map(d, n, m, (32 if d.dtype == torch.float32 else 64, 64))
             self.arguments = [map_a, map_b, map_d, params]
-            grid = multiprocessors // cluster * cluster
+            if singles and not params.sweepers:
+                params.sweepers = multiprocessors // cluster
+            clusters = params.sweepers + singles if singles else multiprocessors // cluster
+            grid = clusters * cluster
         else:
             self.arguments = [params]
             grid = min(-(-m // kernel["m"]) * -(-n // kernel["n"]), 2 * multiprocessors)
@@ -165,6 +183,10 @@ class Launch:
             block=(c.c_uint * 3)(kernel["threads"], 1, 1),
             shared=kernel["shared"],
         )
+        if beside:
+            self.attribute = Attribute(PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+            self.config.attributes = c.addressof(self.attribute)
+            self.config.attribute_count = 1
 
     def __call__(self) -> None:
         """Enqueues."""

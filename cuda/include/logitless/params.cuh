@@ -46,8 +46,10 @@ struct GemmParams {
   int reserved;
   int slices;           // de_f32: shares of k; each writes its own sums, `slice_rows` rows of D after the last. 0: 1
   int slice_rows;
+  int sweepers;         // dw: clusters that take turns at the tiles; every further one makes one tile. 0: all
+  int unused;
 };
-static_assert(sizeof(GemmParams) == 240, "mirror rust/gpu/src/params");
+static_assert(sizeof(GemmParams) == 248, "mirror rust/gpu/src/params");
 
 // -- shared pieces ---------------------------------------------------------------------------------------------------
 // Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).

@@ -22,8 +22,8 @@ use crate::layout::{Arena, BackwardLayout, Geometry, StoreLayout, padded, pitch}
 use crate::params::{self, Fields, RowList, Scalars};
 use crate::plan::{Path, Plan};
 use crate::product::{
-    Matrix, Operands, Operation, PlainEpilogue, choose, choose_sliced, plain, tensor_cores,
-    write_sums,
+    Matrix, Operands, Operation, Order, PlainEpilogue, choose, choose_sliced, ordered, plain,
+    tensor_cores, write_sums,
 };
 use crate::stored::Stored;
 
@@ -270,13 +270,17 @@ impl Backward<'_> {
         // SAFETY: operands checked, buffers of the layout.
         unsafe {
             self.bias_gradient(tile, first, count)?;
-            if let Some(d_weight) = &self.gradients.weight {
-                self.weight_gradient(tile, Matrix::of(d_weight).rows_from(first), count)?;
-            }
             self.scale_blocks(first, count)?;
+            // dE first: its tiles are as deep as the chunk is wide, and dW's fill what they leave idle.
+            // Both read the tile. dE writes the sums; dW, rows of its gradient (also where later ones
+            // hold the tile, `share`) or float rows of its own.
+            let mut order = Order::After;
             let scale_from_sums = self.gradients.scale.is_some() && !self.unrounded();
             if self.gradients.input.is_some() || scale_from_sums {
-                self.input_gradient(tile, weight, first, count)?;
+                order = self.input_gradient(tile, weight, first, count)?;
+            }
+            if let Some(d_weight) = &self.gradients.weight {
+                self.weight_gradient(order, tile, Matrix::of(d_weight).rows_from(first), count)?;
             }
         }
         Ok(())
@@ -351,7 +355,13 @@ impl Backward<'_> {
     }
 
     /// Rows of the weight's gradient: dxᵀ E.
-    unsafe fn weight_gradient(&self, tile: Matrix, d_weight: Matrix, count: usize) -> Result<()> {
+    unsafe fn weight_gradient(
+        &self,
+        order: Order,
+        tile: Matrix,
+        d_weight: Matrix,
+        count: usize,
+    ) -> Result<()> {
         let call = self.call;
         let facts = &call.stream.device.facts;
         let find = |operation| choose(facts, operation, call.dtype, false, count, call.features);
@@ -378,7 +388,7 @@ impl Backward<'_> {
                     ..params::Gemm::default()
                 };
                 // SAFETY: operands checked, buffers of the layout.
-                unsafe { tensor_cores(call.stream, operation, &choice, &operands, epilogue)? };
+                unsafe { ordered(call.stream, order, operation, &choice, &operands, epilogue)? };
                 let Some(sums) = sums else { return Ok(()) };
                 // SAFETY: as above.
                 unsafe { write_sums(call.stream, sums, d_weight, count, self.accumulate_weight) }
@@ -401,20 +411,19 @@ impl Backward<'_> {
         }
     }
 
-    /// Adds dx W of the chunk to the sums of the input's gradient.
+    /// Adds dx W of the chunk to the sums of the input's gradient; how the other product may follow.
     unsafe fn input_gradient(
         &self,
         tile: Matrix,
         weight: Matrix,
         first: usize,
         count: usize,
-    ) -> Result<()> {
+    ) -> Result<Order> {
         let (call, slices) = (self.call, self.call.plan.slices);
         let facts = &call.stream.device.facts;
         let operands = Operands { a: tile, b: weight, d: Some(self.sums) };
-        match choose_sliced(facts, call.dtype, (call.rows, call.features, count), slices)
-            .filter(|_| weight.describable())
-        {
+        let shape = (call.rows, call.features, count);
+        match choose_sliced(facts, call.dtype, shape, slices).filter(|_| weight.describable()) {
             Some((choice, _)) => {
                 let epilogue = params::Gemm {
                     count: self.list.count,
@@ -428,7 +437,10 @@ impl Backward<'_> {
                     ..params::Gemm::default()
                 };
                 // SAFETY: operands checked, buffers of the layout.
-                unsafe { tensor_cores(call.stream, Operation::DeF32, &choice, &operands, epilogue) }
+                unsafe {
+                    tensor_cores(call.stream, Operation::DeF32, &choice, &operands, epilogue)?;
+                }
+                Ok(Order::Beside { idle: choice.idle(facts, shape, slices) })
             }
             None => {
                 let epilogue = PlainEpilogue {
@@ -440,7 +452,8 @@ impl Backward<'_> {
                     ..PlainEpilogue::default()
                 };
                 // SAFETY: as above.
-                unsafe { plain(call.stream, Operation::DeF32, &operands, epilogue) }
+                unsafe { plain(call.stream, Operation::DeF32, &operands, epilogue)? };
+                Ok(Order::After)
             }
         }
     }

@@ -36,6 +36,16 @@ impl Choice {
         m.div_ceil((self.tile.m * self.tile.cluster) as usize) * n.div_ceil(self.tile.n as usize)
     }
 
+    /// Products of single multiprocessors for which the last wave of an (m, n, k) product leaves time,
+    /// in `slices` shares of k.
+    pub fn idle(&self, facts: &Facts, (m, n, k): (usize, usize, usize), slices: usize) -> f64 {
+        let clusters = (facts.multiprocessors / self.tile.cluster).max(1) as usize;
+        let tiles = self.tiles(m, n) * slices;
+        let short = tiles.next_multiple_of(clusters) - tiles;
+        let products = f64::from(self.tile.m * self.tile.n * self.tile.cluster) * k as f64;
+        short as f64 * products / slices as f64
+    }
+
     /// Time of an (m, n) product in units of one multiprocessor's work on one output element of depth one.
     pub fn cost(&self, facts: &Facts, m: usize, n: usize) -> f64 {
         self.cost_of(facts, self.tiles(m, n))
@@ -51,6 +61,35 @@ impl Choice {
             _ => 1.03,
         };
         waves * f64::from(self.tile.m * self.tile.n) * penalty
+    }
+}
+
+/// How the clusters of a grid share the tiles (`cuda/include/logitless/schedule/raster.cuh`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Grid {
+    pub clusters: usize,
+    /// Clusters that take turns; each further one makes a single tile. 0: all take turns.
+    pub sweepers: usize,
+}
+
+impl Grid {
+    /// Depth below which starting a cluster for one tile, some 4 µs, is not worth it.
+    const DEEP: usize = 2048;
+
+    /// Equal shares for as many clusters as the device holds at once.
+    pub fn even(tiles: usize, at_once: usize) -> Grid {
+        Grid { clusters: tiles.min(at_once), sweepers: 0 }
+    }
+
+    /// Beside a product whose last wave leaves time for `early` tiles of depth `k`: that many and the
+    /// last wave are handed out one by one, to whoever has ended.
+    pub fn uneven(tiles: usize, at_once: usize, early: f64, k: usize) -> Grid {
+        let rounds = tiles.saturating_sub(early as usize) / at_once;
+        let singles = tiles - rounds * at_once;
+        if early < 1.0 || rounds == 0 || k < Grid::DEEP {
+            return Grid::even(tiles, at_once);
+        }
+        Grid { clusters: at_once + singles, sweepers: at_once }
     }
 }
 
@@ -215,6 +254,25 @@ mod tests {
             let sums = found * m.next_multiple_of(256) * n * 4;
             assert!(sums <= 64 << 20, "{m} rows: {sums} bytes of sums");
         }
+    }
+
+    #[test]
+    fn what_one_product_leaves_idle_the_next_one_fills() {
+        let facts = Facts::h200();
+        let Some(de) = choose(&facts, Operation::De, DType::Bf16, false, 8192, 4096) else {
+            return;
+        };
+        let (rows, features, classes) = (8192, 4096, 128_256);
+        let idle = de.idle(&facts, (rows, features, classes), 1);
+        // 512 tiles of 66 clusters: 16 of the last 66 have none, each as deep as 15.66 tiles of dW.
+        assert_eq!(idle, 16.0 * f64::from(2 * 128 * 256) * classes as f64);
+        let early = idle / (f64::from(2 * 128 * 256) * rows as f64);
+        let grid = Grid::uneven(501 * 16, 66, early, rows);
+        assert_eq!(grid, Grid { clusters: 66 + 294, sweepers: 66 });
+        // Too little to share, or tiles too shallow to be worth a start.
+        assert_eq!(Grid::uneven(70, 66, 5.0, rows), Grid { clusters: 66, sweepers: 0 });
+        assert_eq!(Grid::uneven(501 * 16, 66, early, 512), Grid { clusters: 66, sweepers: 0 });
+        assert_eq!(Grid::uneven(20, 66, 0.5, rows), Grid { clusters: 20, sweepers: 0 });
     }
 
     #[test]

@@ -175,6 +175,15 @@ impl Device {
         Ok(Device { ordinal, facts: Facts { name, capability, multiprocessors, shared }, context })
     }
 
+    /// `start`, or `After` on a device or a driver that knows nothing else. Drivers before 12.3 have no
+    /// such edges between the kernels of a captured graph.
+    pub fn start(&self, start: Start) -> Start {
+        const WITH_GRAPHS: i32 = 12_030;
+        let able = self.facts.capability >= (9, 0)
+            && driver().is_ok_and(|driver| driver.version >= WITH_GRAPHS);
+        if able { start } else { Start::After }
+    }
+
     /// Makes the device's context current until the guard is dropped.
     pub fn enter(&self) -> Result<Current> {
         // SAFETY: the context lives as long as the process.
@@ -275,7 +284,23 @@ pub fn outside_capture<T>(load: impl FnOnce() -> Result<T>) -> Result<T> {
     result
 }
 
-/// Grid, block and shared memory of a launch.
+/// When a kernel may start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Start {
+    /// Once all work ahead of it on the stream has ended.
+    #[default]
+    After,
+    /// Once every block of the kernel right ahead of it has asked for dependents
+    /// (`ptx::launch_dependents`) or ended. The kernel must call `ptx::wait_for_grid_ahead` in every
+    /// block: before it touches what the kernel ahead writes, or writes what that one touches; and
+    /// in any case before it ends, because what follows waits for this kernel alone. What lies
+    /// further back is complete where the kernel ahead was launched `After`, or waited at its start.
+    ///
+    /// Compute capability 9.0 and newer; [`Device::start`] says `After` where this is not to be had.
+    Beside,
+}
+
+/// Grid, block and shared memory of a launch, and when it starts.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     /// Blocks along x and y.
@@ -284,10 +309,12 @@ pub struct Shape {
     pub block: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
+    /// When the kernel may start.
+    pub start: Start,
 }
 
 impl Shape {
-    /// What cluster dimensions inside the kernel need nothing of.
+    /// Without attributes: cluster dimensions are the kernel's own.
     fn config(self, stream: usize) -> cu::CUlaunchConfig {
         cu::CUlaunchConfig {
             gridDimX: self.grid.0,
@@ -304,12 +331,21 @@ impl Shape {
     }
 }
 
+/// A launch attribute, its value all zeros.
+fn attribute(id: cu::CUlaunchAttributeID) -> cu::CUlaunchAttribute {
+    // SAFETY: an all-zero value is valid for this union of plain integers.
+    let mut attribute: cu::CUlaunchAttribute = unsafe { std::mem::zeroed() };
+    attribute.id = id;
+    attribute
+}
+
 impl Function {
     /// Enqueues the kernel.
     ///
     /// # Safety
     /// `arguments` are the kernel's parameters, in order, each a pointer to a value of its type;
-    /// device memory that they name outlives the launch on `stream`.
+    /// device memory that they name outlives the launch on `stream`. A kernel launched `Beside` waits
+    /// as [`Start::Beside`] says.
     pub unsafe fn launch(
         self,
         name: &str,
@@ -317,8 +353,15 @@ impl Function {
         shape: Shape,
         arguments: &mut [*mut c_void],
     ) -> Result<()> {
-        let config = shape.config(stream);
-        // SAFETY: the caller's promise; the parameters are copied before the call returns.
+        let mut config = shape.config(stream);
+        let mut attribute = attribute(
+            cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        );
+        if shape.start == Start::Beside {
+            attribute.value.programmaticStreamSerializationAllowed = 1;
+            (config.attrs, config.numAttrs) = (&mut attribute, 1);
+        }
+        // SAFETY: the caller's promise; parameters and attribute are copied before the call returns.
         let code =
             unsafe { cu::cuLaunchKernelEx(&config, self.0, arguments.as_mut_ptr(), null_mut()) };
         check(code, || {
@@ -355,9 +398,8 @@ impl Function {
     ) -> Result<u32> {
         let mut config =
             Shape { grid: (multiprocessors / cluster * cluster, 1), ..shape }.config(0);
-        // SAFETY: an all-zero value is valid for this union of plain integers.
-        let mut attribute: cu::CUlaunchAttribute = unsafe { std::mem::zeroed() };
-        attribute.id = cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        let mut attribute =
+            attribute(cu::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
         attribute.value.clusterDim.x = cluster;
         attribute.value.clusterDim.y = 1;
         attribute.value.clusterDim.z = 1;

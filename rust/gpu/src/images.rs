@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock};
 
-use crate::driver::{self, Device, Facts, Function, Library, Shape};
+use crate::driver::{self, Device, Facts, Function, Library, Shape, Start};
 use crate::error::{Error, Result};
 
 /// Target of an image.
@@ -162,7 +162,12 @@ pub fn kernel(device: &Device, name: &str) -> Result<Kernel> {
         let multiprocessors = device.facts.multiprocessors;
         let blocks = match tile {
             Some(tile) => {
-                let shape = Shape { grid: (1, 1), block: tile.threads, shared: tile.shared };
+                let shape = Shape {
+                    grid: (1, 1),
+                    block: tile.threads,
+                    shared: tile.shared,
+                    start: Start::After,
+                };
                 if tile.cluster > 1 {
                     tile.cluster * function.clusters(name, tile.cluster, multiprocessors, shape)?
                 } else {

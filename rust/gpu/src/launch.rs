@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use logitless_core::DType;
 
-use crate::driver::{self, Current, Device, Shape, TensorMap};
+use crate::driver::{self, Current, Device, Shape, Start, TensorMap};
 use crate::error::Result;
 use crate::images::{self, Kernel};
 use crate::params;
@@ -40,27 +40,29 @@ impl Stream {
             return Ok(());
         }
         let kernel = images::kernel(self.device, name)?;
-        let shape = Shape { grid: (grid.0 as u32, grid.1 as u32), block, shared };
+        let start = Start::After;
+        let shape = Shape { grid: (grid.0 as u32, grid.1 as u32), block, shared, start };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: every kernel launched here takes the one struct by value; the rest is the caller's promise.
         unsafe { kernel.function.launch(name, self.handle, shape, &mut arguments) }
     }
 
-    /// Launches a tensor-core kernel of `tiles` output tiles; sm_90 kernels also take `maps`.
+    /// Launches a tensor-core kernel as so many clusters; sm_90 kernels also take `maps`.
     ///
     /// # Safety
-    /// As for `launch`.
+    /// As for `launch`, and `start` is sound for the kernel ahead.
     pub unsafe fn launch_tiles(
         &self,
         name: &str,
         kernel: Kernel,
-        tiles: usize,
+        clusters: usize,
+        start: Start,
         maps: Option<&[TensorMap; 3]>,
         params: &params::Gemm,
     ) -> Result<()> {
         let tile = kernel.tile.expect("a tensor-core kernel has a tile");
-        let wanted = (tiles * tile.cluster as usize).min(kernel.blocks as usize);
-        let shape = Shape { grid: (wanted as u32, 1), block: tile.threads, shared: tile.shared };
+        let grid = (clusters as u32 * tile.cluster, 1);
+        let shape = Shape { grid, block: tile.threads, shared: tile.shared, start };
         let params = std::ptr::from_ref(params).cast_mut().cast::<c_void>();
         let mut arguments = [params; 4];
         let arguments = match maps {

@@ -406,8 +406,10 @@ pub(crate) struct StoredBackwardLayout {
     pub lists: [usize; 3],
     /// Sums of each slice of the classes; nothing where there is one.
     pub sums: usize,
-    /// Scaled input, then, where it cannot be written in place, the packed gradient of the input.
+    /// Scaled input.
     pub packed: usize,
+    /// Packed gradient of the input, where it cannot be written in place.
+    pub gradient: usize,
 }
 
 impl StoredBackwardLayout {
@@ -419,6 +421,17 @@ impl StoredBackwardLayout {
         let sums = if g.slices > 1 { g.slices * g.sums_bytes() } else { 0 };
         let sums = arena.take("input sums", sums);
         let packed = arena.take("packed input", g.packed_bytes());
-        StoredBackwardLayout { factor, input_factor, target_factor, ratio, lists, sums, packed }
+        let whole = g.wants(wanted::INPUT) && g.slices == 1;
+        let gradient = arena.take("packed gradient", if whole { g.packed_bytes() } else { 0 });
+        StoredBackwardLayout {
+            factor,
+            input_factor,
+            target_factor,
+            ratio,
+            lists,
+            sums,
+            packed,
+            gradient,
+        }
     }
 }

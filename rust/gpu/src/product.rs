@@ -2,8 +2,9 @@
 
 use logitless_core::{DType, Tensor};
 
+use crate::choice::Grid;
 pub(crate) use crate::choice::{Choice, choose, choose_gated, choose_sliced, exists, slices};
-use crate::driver::{TensorMap, TensorMapSpec};
+use crate::driver::{Start, TensorMap, TensorMapSpec};
 use crate::error::Result;
 use crate::images;
 use crate::launch::{Stream, suffix};
@@ -168,6 +169,17 @@ pub(crate) struct Operands {
     pub d: Option<Matrix>,
 }
 
+/// How a product relates to the one right ahead of it on the stream.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Order {
+    /// It waits for it.
+    After,
+    /// They share inputs at most, which were there before the one ahead was launched; neither touches
+    /// what the other writes. This one starts on what the last wave of the one ahead leaves idle: so
+    /// many products of single multiprocessors.
+    Beside { idle: f64 },
+}
+
 /// Enqueues a product on tensor cores. `epilogue` holds its extents and everything that the epilogue reads.
 ///
 /// # Safety
@@ -179,12 +191,47 @@ pub(crate) unsafe fn tensor_cores(
     operands: &Operands,
     epilogue: params::Gemm,
 ) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { ordered(stream, Order::After, operation, choice, operands, epilogue) }
+}
+
+/// The same with an order.
+///
+/// # Safety
+/// As for `tensor_cores`, and the order holds.
+pub(crate) unsafe fn ordered(
+    stream: &Stream,
+    order: Order,
+    operation: Operation,
+    choice: &Choice,
+    operands: &Operands,
+    epilogue: params::Gemm,
+) -> Result<()> {
     let (m, n, k) = (epilogue.m as usize, epilogue.n as usize, epilogue.k as usize);
     if m == 0 || n == 0 {
         return Ok(());
     }
     let Operands { a, b, d } = operands;
     let tile = choice.tile;
+    let kernel = images::kernel(stream.device, choice.name)?;
+    let slices = epilogue.slices.max(1) as usize;
+    let tiles = choice.tiles(m, n) * slices;
+    let at_once = (kernel.blocks / tile.cluster) as usize;
+    let (start, grid) = match order {
+        Order::Beside { idle } if choice.by_maps() => {
+            let start = stream.device.start(Start::Beside);
+            let early = idle / (f64::from(tile.m * tile.n * tile.cluster) * k as f64);
+            (
+                start,
+                if start == Start::Beside {
+                    Grid::uneven(tiles, at_once, early, k)
+                } else {
+                    Grid::even(tiles, at_once)
+                },
+            )
+        }
+        _ => (Start::After, Grid::even(tiles, at_once)),
+    };
     let params = params::Gemm {
         a: a.address,
         b: b.address,
@@ -194,14 +241,15 @@ pub(crate) unsafe fn tensor_cores(
         ldd: d.map_or(0, |d| d.row_stride),
         // Rows of a cluster in a raster group: 2048 rows.
         group: (2048 / (tile.m * tile.cluster)).max(1) as i32,
+        sweepers: grid.sweepers as i32,
         ..epilogue
     };
-    let kernel = images::kernel(stream.device, choice.name)?;
-    let slices = epilogue.slices.max(1) as usize;
-    let tiles = choice.tiles(m, n) * slices;
-    if !choice.by_maps() {
+    let launch = |maps: Option<&[TensorMap; 3]>| {
         // SAFETY: the caller's promise.
-        return unsafe { stream.launch_tiles(choice.name, kernel, tiles, None, &params) };
+        unsafe { stream.launch_tiles(choice.name, kernel, grid.clusters, start, maps, &params) }
+    };
+    if !choice.by_maps() {
+        return launch(None);
     }
     let map = |matrix: &Matrix, columns: usize, rows: usize, tile: (u32, u32)| {
         let pitch = matrix.row_stride as usize * matrix.dtype.size();
@@ -227,10 +275,7 @@ pub(crate) unsafe fn tensor_cores(
         Some(d) => map(d, n, d_rows, (if d.dtype == DType::F32 { 32 } else { 64 }, 64))?,
         None => map_a,
     };
-    // SAFETY: the caller's promise.
-    unsafe {
-        stream.launch_tiles(choice.name, kernel, tiles, Some(&[map_a, map_b, map_d]), &params)
-    }
+    launch(Some(&[map_a, map_b, map_d]))
 }
 
 /// From products to logits. Addresses are 0 for none.

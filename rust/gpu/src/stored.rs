@@ -12,7 +12,7 @@ use crate::frozen;
 use crate::keep::{exponentials, kernel};
 use crate::layout::{Arena, Geometry, StoreLayout, StoredBackwardLayout, padded, pitch};
 use crate::params::{self, Fields, RowList};
-use crate::product::{Matrix, Operands, Operation, choose_sliced, tensor_cores};
+use crate::product::{Matrix, Operands, Operation, Order, choose_sliced, ordered, tensor_cores};
 
 /// A backward from the store.
 pub(crate) struct Stored<'a> {
@@ -25,8 +25,9 @@ pub(crate) struct Stored<'a> {
 }
 
 impl Stored<'_> {
-    /// dW first: dE may be packed over the scaled input, which dW reads. The targets' parts of both
-    /// are added in float.
+    /// dE, and beside it dW, whose tiles fill what dE's last wave leaves idle: both read the
+    /// exponentials, and neither touches what the other writes. The targets' parts of both are added
+    /// in float.
     pub unsafe fn backward(&self, store: usize, workspace: usize) -> Result<()> {
         let (call, g) = (self.call, self.g);
         let store = StoreLayout::lay(&mut Arena::at(store), g);
@@ -37,19 +38,16 @@ impl Stored<'_> {
             call.all_rows()
         };
         let x = exponentials(call, g, &store);
-        let packed = Matrix::packed(
-            layout.packed,
-            call.dtype,
-            call.features,
-            pitch(call.features, call.dtype),
-        );
+        let scaled = self.packed(layout.packed);
         // SAFETY: all of it: operands checked, buffers of the layouts.
         unsafe {
             self.factors(list, &store, &layout)?;
-            self.scaled_input(list, packed, layout.factor)?;
-            self.weight_gradient(list, x, packed, &store, &layout)?;
+            self.scaled_input(list, scaled, layout.factor)?;
+            let epilogue = self.class_targets(list, scaled, &store, &layout)?;
             self.bias_gradient(list, x, &store, &layout)?;
-            self.input_gradient(list, x, packed, &store, &layout)
+            let order = self.input_product(list, x, &store, &layout)?;
+            self.weight_product(order, x, scaled, epilogue)?;
+            self.input_rows(list, &store, &layout)
         }
     }
 
@@ -103,25 +101,18 @@ impl Stored<'_> {
         unsafe { call.stream.launch("scale_rows_bf16", (rows.div_ceil(8), 1), 256, 0, &params) }
     }
 
-    unsafe fn weight_gradient(
+    /// Lists the rows of each class, for the epilogue of dW.
+    unsafe fn class_targets(
         &self,
         list: RowList,
-        x: Matrix,
         scaled: Matrix,
         store: &StoreLayout,
         layout: &StoredBackwardLayout,
-    ) -> Result<()> {
-        let (call, Some(d_weight)) = (self.call, &self.gradients.weight) else { return Ok(()) };
-        let out = Matrix::of(d_weight);
-        if !out.describable() {
-            let expected = "adjacent features and rows of 16-byte multiples; or memory=\"lean\"";
-            return Err(value(
-                "d_weight",
-                format!("strides {:?}", d_weight.strides()),
-                expected.into(),
-            ));
+    ) -> Result<params::Gemm> {
+        let call = self.call;
+        if self.gradients.weight.is_none() {
+            return Ok(params::Gemm::default());
         }
-        let operation = if out.dtype == call.dtype { Operation::Dw } else { Operation::DwF32 };
         // The input as it came, where rows can be read in pairs; else the scaled one: rounded twice.
         let paired = |m: &Matrix| {
             m.column_stride == 1 && m.row_stride % 2 == 0 && m.address.is_multiple_of(4)
@@ -139,7 +130,10 @@ impl Stored<'_> {
             by_slot: i32::from(whole.is_none()),
         };
         let source = whole.unwrap_or(scaled);
-        let epilogue = params::Gemm {
+        let blocks = (call.classes + 1).div_ceil(512);
+        // SAFETY: buffers of the layouts.
+        unsafe { call.stream.launch("list_targets", (blocks, 1), 256, 0, &lists)? };
+        Ok(params::Gemm {
             count: list.count,
             count_is_k: 1,
             onehot_w: source.address,
@@ -153,20 +147,31 @@ impl Stored<'_> {
             accumulate: i32::from(self.accumulate_weight),
             scale: 1.0,
             ..params::Gemm::default()
-        };
-        let choice = kernel(call, operation, call.classes, call.features);
-        let blocks = (call.classes + 1).div_ceil(512);
-        // SAFETY: operands checked, buffers of the layouts.
-        unsafe {
-            call.stream.launch("list_targets", (blocks, 1), 256, 0, &lists)?;
-            tensor_cores(
-                call.stream,
-                operation,
-                &choice,
-                &Operands { a: x, b: scaled, d: Some(out) },
-                epilogue,
-            )
+        })
+    }
+
+    unsafe fn weight_product(
+        &self,
+        order: Order,
+        x: Matrix,
+        scaled: Matrix,
+        epilogue: params::Gemm,
+    ) -> Result<()> {
+        let (call, Some(d_weight)) = (self.call, &self.gradients.weight) else { return Ok(()) };
+        let out = Matrix::of(d_weight);
+        if !out.describable() {
+            let expected = "adjacent features and rows of 16-byte multiples; or memory=\"lean\"";
+            return Err(value(
+                "d_weight",
+                format!("strides {:?}", d_weight.strides()),
+                expected.into(),
+            ));
         }
+        let operation = if out.dtype == call.dtype { Operation::Dw } else { Operation::DwF32 };
+        let choice = kernel(call, operation, call.classes, call.features);
+        let operands = Operands { a: x, b: scaled, d: Some(out) };
+        // SAFETY: operands checked, buffers of the layouts.
+        unsafe { ordered(call.stream, order, operation, &choice, &operands, epilogue) }
     }
 
     /// The targets' part in float: the exponentials cancel it.
@@ -194,56 +199,100 @@ impl Stored<'_> {
         unsafe { call.stream.launch("column_sum", (call.classes.div_ceil(32), 1), 256, 0, &params) }
     }
 
-    unsafe fn input_gradient(
+    /// The product X W, and how that of the weight may follow. Few rows: sums of each slice of the
+    /// classes. Else in place where rows keep their places, or packed.
+    unsafe fn input_product(
         &self,
         list: RowList,
         x: Matrix,
-        packed: Matrix,
         store: &StoreLayout,
         layout: &StoredBackwardLayout,
-    ) -> Result<()> {
-        let (call, g) = (self.call, self.g);
-        let Some(d_input) = &self.gradients.input else { return Ok(()) };
-        if g.slices > 1 {
-            // SAFETY: as for this function.
-            return unsafe { self.sliced_input_gradient(list, x, d_input, store, layout) };
-        }
-        // In place where rows keep their places, else packed over the scaled input, which dW has read.
-        let in_place = Matrix::packed(d_input.address(), call.dtype, call.features, call.features);
+    ) -> Result<Order> {
+        let (call, slices) = (self.call, self.g.slices);
+        let Some(d_input) = &self.gradients.input else { return Ok(Order::After) };
+        let shape = (call.rows, call.features, call.classes);
+        let extents = params::Gemm {
+            count: list.count,
+            m: call.rows as i32,
+            n: call.features as i32,
+            k: call.classes as i32,
+            scale: 1.0,
+            ..params::Gemm::default()
+        };
+        let facts = &call.stream.device.facts;
+        let (operation, choice, d, epilogue) = if slices > 1 {
+            let (choice, _) =
+                choose_sliced(facts, call.dtype, shape, slices).expect("the plan found it");
+            let pitch = pitch(call.features, DType::F32);
+            let sums = Matrix::packed(layout.sums, DType::F32, call.features, pitch);
+            let epilogue = params::Gemm {
+                slices: slices as i32,
+                slice_rows: padded(call.rows) as i32,
+                ..extents
+            };
+            (Operation::DeF32, choice, sums, epilogue)
+        } else {
+            let choice = kernel(call, Operation::De, call.rows, call.features);
+            let d = self.in_place(list, d_input).unwrap_or_else(|| self.packed(layout.gradient));
+            let epilogue = params::Gemm {
+                target: store.target,
+                coef: layout.input_factor,
+                onehot_w: call.weight.address,
+                onehot_g: layout.target_factor,
+                onehot_ld: call.weight.row_stride,
+                ld_row: padded(call.rows) as i32,
+                ..extents
+            };
+            (Operation::De, choice, d, epilogue)
+        };
+        let operands = Operands { a: x, b: call.weight, d: Some(d) };
+        // SAFETY: operands checked, buffers of the layouts.
+        unsafe { tensor_cores(call.stream, operation, &choice, &operands, epilogue)? };
+        Ok(Order::Beside { idle: choice.idle(facts, shape, slices) })
+    }
+
+    /// The gradient of the input where the product can write it, as one matrix.
+    fn in_place(&self, list: RowList, d_input: &Tensor) -> Option<Matrix> {
+        let call = self.call;
+        let whole = Matrix::packed(d_input.address(), call.dtype, call.features, call.features);
         let direct = list.slots == 0
             && d_input.is_contiguous()
             && d_input.dtype() == call.dtype
             && !self.gradients.accumulate_input
-            && in_place.describable();
-        let epilogue = params::Gemm {
-            count: list.count,
-            target: store.target,
-            coef: layout.input_factor,
-            onehot_w: call.weight.address,
-            onehot_g: layout.target_factor,
-            onehot_ld: call.weight.row_stride,
-            m: call.rows as i32,
-            n: call.features as i32,
-            k: call.classes as i32,
-            ld_row: padded(call.rows) as i32,
-            scale: 1.0,
-            ..params::Gemm::default()
-        };
-        let choice = kernel(call, Operation::De, call.rows, call.features);
-        let d = Some(if direct { in_place } else { packed });
-        // SAFETY: operands checked, buffers of the layouts.
-        unsafe {
-            tensor_cores(
-                call.stream,
-                Operation::De,
-                &choice,
-                &Operands { a: x, b: call.weight, d },
-                epilogue,
-            )?;
+            && whole.describable();
+        direct.then_some(whole)
+    }
+
+    fn packed(&self, address: usize) -> Matrix {
+        let Call { dtype, features, .. } = *self.call;
+        Matrix::packed(address, dtype, features, pitch(features, dtype))
+    }
+
+    /// From the product to the rows' places: of sums as for a frozen head.
+    unsafe fn input_rows(
+        &self,
+        list: RowList,
+        store: &StoreLayout,
+        layout: &StoredBackwardLayout,
+    ) -> Result<()> {
+        let (call, slices) = (self.call, self.g.slices);
+        let Some(d_input) = &self.gradients.input else { return Ok(()) };
+        if slices > 1 {
+            let (saved, grad) = (self.saved, self.grad);
+            let slice = padded(call.rows) * pitch(call.features, DType::F32);
+            let rows = params::Frozen {
+                sums: layout.sums,
+                slice: slice as i64,
+                slices: slices as i32,
+                ..frozen::rows(call, self.gradients, d_input, list, saved, grad, store.reference)
+            };
+            // SAFETY: operands checked, buffers of the layouts.
+            return unsafe { frozen::launch(call, d_input, &rows) };
         }
-        if direct {
+        if self.in_place(list, d_input).is_some() {
             return Ok(());
         }
+        let packed = self.packed(layout.gradient);
         let params = params::Unpack {
             target: row_view(d_input),
             list,
@@ -255,45 +304,5 @@ impl Stored<'_> {
         let name = format!("unpack_rows_{}", crate::launch::suffix(d_input.dtype()));
         // SAFETY: as above.
         unsafe { call.stream.launch(&name, (call.rows.div_ceil(8), 1), 256, 0, &params) }
-    }
-
-    /// Few rows: sums of each slice of the classes, then as a frozen head.
-    unsafe fn sliced_input_gradient(
-        &self,
-        list: RowList,
-        x: Matrix,
-        d_input: &Tensor,
-        store: &StoreLayout,
-        layout: &StoredBackwardLayout,
-    ) -> Result<()> {
-        let (call, slices, slice_rows) = (self.call, self.g.slices, padded(self.call.rows));
-        let shape = (call.rows, call.features, call.classes);
-        let sums_pitch = pitch(call.features, DType::F32);
-        let sums = Matrix::packed(layout.sums, DType::F32, call.features, sums_pitch);
-        let (choice, _) = choose_sliced(&call.stream.device.facts, call.dtype, shape, slices)
-            .expect("the plan found it");
-        let epilogue = params::Gemm {
-            count: list.count,
-            m: call.rows as i32,
-            n: call.features as i32,
-            k: call.classes as i32,
-            scale: 1.0,
-            slices: slices as i32,
-            slice_rows: slice_rows as i32,
-            ..params::Gemm::default()
-        };
-        let operands = Operands { a: x, b: call.weight, d: Some(sums) };
-        let (saved, grad) = (self.saved, self.grad);
-        let rows = params::Frozen {
-            sums: layout.sums,
-            slice: (slice_rows * sums_pitch) as i64,
-            slices: slices as i32,
-            ..frozen::rows(call, self.gradients, d_input, list, saved, grad, store.reference)
-        };
-        // SAFETY: operands checked, buffers of the layouts.
-        unsafe {
-            tensor_cores(call.stream, Operation::DeF32, &choice, &operands, epilogue)?;
-            frozen::launch(call, d_input, &rows)
-        }
     }
 }

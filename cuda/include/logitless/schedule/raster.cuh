@@ -7,11 +7,31 @@
 //
 // Few tiles over a long K leave most of the device idle: the sweep then repeats for each of
 // GemmParams.slices shares of K, and every share writes a result of its own (de_f32).
+//
+// Which cluster makes a tile: the clusters of a persistent grid take turns, so that the next tile's
+// operands are under way while one is finished. Where some of them start earlier than others (dW
+// beside dE, whose last wave leaves multiprocessors idle), equal shares would not help: the grid is
+// then larger than the device, GemmParams.sweepers clusters take turns at all but the last tiles,
+// and each further one makes a single tile. The hardware gives those to whoever has ended.
 #pragma once
 #include "logitless/params.cuh"
 #include "logitless/types.cuh"
 
 namespace logitless {
+
+// The tiles of one cluster: first, first + step, ... below last.
+struct Walk {
+  int first, last, step;
+
+  template <bool kUneven>
+  static __device__ __forceinline__ Walk of(const GemmParams& p, int tiles, int cluster,
+                                            int clusters) {
+    if (!kUneven || !p.sweepers || p.sweepers >= clusters) return {cluster, tiles, clusters};
+    const int singles = clusters - p.sweepers, swept = tiles - singles;
+    if (cluster < p.sweepers) return {cluster, swept, p.sweepers};
+    return {swept + cluster - p.sweepers, tiles, singles};
+  }
+};
 
 struct Tile {
   int row_block;  // in units of kRows

@@ -27,12 +27,18 @@
 //             their stages, and each would wait for the other's half of the ring.
 //   cluster   at the start: nobody multicasts into, or arrives on, a barrier that is not
 //             initialised. At the end: nobody leaves while a peer may still arrive on its barriers.
+//   grid      launch_dependents at the start, wait_for_grid_ahead at the END. A product launched
+//             beside the one ahead (dW beside dE) shares inputs with it that were complete before
+//             either began, and neither touches what the other writes. Without the wait it could
+//             end first, and what follows, which waits for it alone, would overtake the other. It
+//             also stands before the early return.
 #pragma once
 #include "logitless/epilogue/band.cuh"
 #include "logitless/epilogue/fragments.cuh"
 #include "logitless/epilogue/panel.cuh"
 #include "logitless/mma/sm90.cuh"
 #include "logitless/ptx/barrier.cuh"
+#include "logitless/ptx/grid.cuh"
 #include "logitless/schedule/raster.cuh"
 #include "logitless/schedule/ring.cuh"
 
@@ -108,11 +114,11 @@ struct Sm90Gemm {
   }
 
   static __device__ __forceinline__ void produce(const TensorMap* map_a, const TensorMap* map_b,
-                                                 const Tiles& tiles, u32 shared, u32 full,
-                                                 u32 empty, int k_blocks) {
-    const int rank = ptx::cluster_rank(), total = tiles.tiles();
+                                                 const Tiles& tiles, const Walk& walk, u32 shared,
+                                                 u32 full, u32 empty, int k_blocks) {
+    const int rank = ptx::cluster_rank();
     Position at;
-    for (int t = ptx::cluster_index(); t < total; t += ptx::cluster_count()) {
+    for (int t = walk.first; t < walk.last; t += walk.step) {
       const Tile tile = tiles(t);
       const int m = (tile.row_block * kCluster + rank) * kTileM, n = tile.column_block * kTileN;
       const int k0 = tile.slice * k_blocks * kDepth;
@@ -183,16 +189,16 @@ struct Sm90Gemm {
   }
 
   static __device__ __forceinline__ void consume(const TensorMap* map_d, const GemmParams& p,
-                                                 const Tiles& tiles, u32 shared, u32 full,
-                                                 u32 empty, int rows, int k_blocks, int w, int warp,
-                                                 int lane) {
+                                                 const Tiles& tiles, const Walk& walk, u32 shared,
+                                                 u32 full, u32 empty, int rows, int k_blocks, int w,
+                                                 int warp, int lane) {
     constexpr u32 kTurn = 4;
-    const int rank = ptx::cluster_rank(), total = tiles.tiles(), step = ptx::cluster_count();
+    const int rank = ptx::cluster_rank();
+    const auto [first, total, step] = walk;
     const int offset = kPingPong ? 0 : w * kFragments * kPanelBytes;
     Position at;
     PanelStore<Half, Epilogue::kPanels> store(
         map_d, shared + kPanels + w * Epilogue::kPanels * kPanelBytes, 2 + w, warp, lane);
-    const int first = ptx::cluster_index();
     if (kPingPong && w == 1) {
       at.skip(k_blocks);
       if (first < total) ptx::barrier_arrive(kTurn, 256);  // the first turn is warpgroup 0's
@@ -226,7 +232,11 @@ struct Sm90Gemm {
 
   static __device__ __forceinline__ void run(const TensorMap* map_a, const TensorMap* map_b,
                                              const TensorMap* map_d, const GemmParams& p) {
-    if (p.count && __ldg(p.count) < 0) return;  // every block of every cluster, before any barrier
+    ptx::launch_dependents();
+    if (p.count && __ldg(p.count) < 0) {  // every block of every cluster, before any barrier
+      ptx::wait_for_grid_ahead();
+      return;
+    }
     extern __shared__ __align__(1024) unsigned char shared_raw[];
     const u32 shared = ptx::shared_address(shared_raw), full = shared + kBarriers,
               empty = full + kStages * 8;
@@ -251,15 +261,19 @@ struct Sm90Gemm {
     const int depth = count >= 0 && p.count_is_k ? count : p.k;
     const Tiles tiles(p, rows);
     const int k_blocks = tiles.share(ceil_div(depth, kDepth));
+    const Walk walk = Walk::of<Epilogue::kAhead>(  // of the two, dW is the one that starts beside
+        p, tiles.tiles(), ptx::cluster_index(), ptx::cluster_count());
     if (warpgroup == 0) {
       ptx::registers_shrink<kProducerRegisters>();
       if (warp == 0 && ptx::elect_one())
-        produce(map_a, map_b, tiles, shared, full, empty, k_blocks);
+        produce(map_a, map_b, tiles, walk, shared, full, empty, k_blocks);
     } else {
       ptx::registers_grow<kConsumerRegisters>();
-      consume(map_d, p, tiles, shared, full, empty, rows, k_blocks, warpgroup - 1, warp, lane);
+      consume(map_d, p, tiles, walk, shared, full, empty, rows, k_blocks, warpgroup - 1, warp,
+              lane);
     }
     __syncwarp();
+    ptx::wait_for_grid_ahead();
     ptx::cluster_sync();
   }
 };

@@ -43,8 +43,10 @@ pub struct Gemm {
     pub reserved: i32,
     pub slices: i32,
     pub slice_rows: i32,
+    pub sweepers: i32,
+    pub unused: i32,
 }
-const _: () = assert!(size_of::<Gemm>() == 240);
+const _: () = assert!(size_of::<Gemm>() == 248);
 
 /// `plain_*`.
 #[derive(Clone, Copy, Debug, Default)]
