@@ -44,8 +44,19 @@ CODES = {
     "uint8": U8,
 }
 
-# torch.dtype -> code, filled on the first torch tensor: a look-up costs less than `str(dtype)`.
-_torch_codes: dict[object, int] = {}
+
+class _TorchCodes(dict[object, int]):
+    """torch.dtype -> code, filled on the first look-up, which costs less than `str(dtype)`."""
+
+    def __missing__(self, dtype: object) -> int:
+        torch = sys.modules["torch"]
+        self.update({getattr(torch, name): code for name, code in CODES.items()})
+        if dtype not in self:
+            raise KeyError(dtype)
+        return self[dtype]
+
+
+_torch_codes = _TorchCodes()
 
 
 def framework(array: object) -> Framework | None:
@@ -63,15 +74,12 @@ def framework(array: object) -> Framework | None:
 
 def torch_code(dtype: torch.dtype) -> int:
     """Return the code of a torch dtype that the core knows."""
-    if not _torch_codes:
-        module = sys.modules["torch"]
-        _torch_codes.update({getattr(module, name): code for name, code in CODES.items()})
     return _torch_codes[dtype]
 
 
 def torch_handle(tensor: torch.Tensor) -> Handle:
     """Describe a strided torch tensor of a dtype the core knows."""
-    return (tensor.data_ptr(), torch_code(tensor.dtype), tensor.shape, tensor.stride())
+    return (tensor.data_ptr(), _torch_codes[tensor.dtype], tensor.shape, tensor.stride())
 
 
 def handle(array: Any) -> Handle:

@@ -22,11 +22,11 @@ __all__ = [
     "cross_entropy_forward",
     "cuda_available",
     "cuda_backward",
-    "cuda_cotangents",
+    "cuda_cross_entropy_backward",
+    "cuda_cross_entropy_forward",
     "cuda_describable",
     "cuda_forward",
     "cuda_info",
-    "cuda_losses",
     "cuda_plan",
     "cuda_warm_up",
     "forward",
@@ -399,6 +399,9 @@ class CudaPlan:
     def backward_bytes(self) -> int:
         """Workspace of a backward, to be allocated by the caller."""
     @property
+    def cross_entropy_bytes(self) -> int:
+        """Workspace of `cuda_cross_entropy_backward`: a backward's, and two values a row."""
+    @property
     def store_bytes(self) -> int:
         """What is kept from the forward to the backward, in the caller's memory."""
     @property
@@ -545,51 +548,79 @@ def cuda_backward(
         What the forward was lent, also where d_weight is not wanted. It is consumed.
     """
 
-def cuda_losses(
-    rest: _Tensor,
-    target: _Tensor,
+def cuda_cross_entropy_forward(
+    input: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
     ids: _Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
+    logit_scale: float,
+    softcap: float,
     reduction: int,
     z_loss_weight: float,
     loss: _Tensor,
-    share: _Tensor,
+    rest: _Tensor,
+    target: _Tensor,
+    store: _Tensor | None,
+    plan: CudaPlan,
+    threads: int,
     device: int,
     stream: int,
+    workspace: _Tensor,
+    share: _Tensor,
+    scale: _Tensor | None = None,
+    lent: _Tensor | None = None,
 ) -> None:
-    """Enqueue the cross entropy of the rows, or its reduction, from their statistics.
+    """Enqueue a cross entropy: `cuda_forward` and one launch more.
+
+    The arguments up to `threads` are those of `cross_entropy_forward`, on the device, with an
+    `ignore_index`; the others those of `cuda_forward`.
 
     Parameters
     ----------
-    rest, target
-        (N), acc dtype, contiguous: fields of `cuda_forward`.
-    ids
-        (N), int64, contiguous. Rows of id `ignore_index` count for nothing.
-    reduction
-        0 none, 1 mean over the other rows, 2 sum.
-    loss
-        (N) without reduction, else one element, acc dtype.
     share
-        One element: with a reduction, receives what it multiplies a row by.
+        Output, one element, acc dtype: what a reduction multiplies a row by.
     """
 
-def cuda_cotangents(
-    rest: _Tensor,
-    target: _Tensor,
+def cuda_cross_entropy_backward(
+    input: _Tensor,
+    weight: _Tensor,
+    bias: _Tensor | None,
     ids: _Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
+    logit_scale: float,
+    softcap: float,
     reduction: int,
     z_loss_weight: float,
-    gradient: _Tensor,
-    share: _Tensor,
-    g_rest: _Tensor,
-    g_target: _Tensor,
+    rest: _Tensor,
+    target: _Tensor,
+    grad_loss: _Tensor,
+    store: _Tensor | None,
+    d_input: _Tensor | None,
+    d_weight: _Tensor | None,
+    d_bias: _Tensor | None,
+    d_scale: _Tensor | None,
+    plan: CudaPlan,
+    threads: int,
     device: int,
     stream: int,
+    workspace: _Tensor,
+    share: _Tensor,
+    accumulate_weight: bool = False,
+    scale: _Tensor | None = None,
+    lent: _Tensor | None = None,
 ) -> None:
-    """Enqueue the cotangents of `rest` and `target`, (N), from the loss's `gradient`.
+    """Enqueue the gradients of `cuda_cross_entropy_forward`: one launch, then `cuda_backward`.
 
-    The other arguments are those of `cuda_losses`.
+    The arguments up to `threads` are those of `cross_entropy_backward`, on the device, with a
+    contiguous `grad_loss`; the others those of `cuda_backward`.
+
+    Parameters
+    ----------
+    workspace
+        ``plan.cross_entropy_bytes`` bytes (uint8) of the device, aligned to 256.
+    share
+        What the forward wrote.
     """
 
 def cuda_describable(weight: _Tensor) -> bool:

@@ -6,7 +6,6 @@ instead; a custom op alone costs more than a whole small call here.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from logitless._extras import torch
@@ -32,11 +31,11 @@ def gradient_mask(*tensors: Optional, grad_buffer: Optional = None) -> int:
     return mask
 
 
-def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
+def statistics(call: Call, tensors: Tensors, grad_buffer: Optional = None) -> tuple[Tensor, ...]:
     """Compute the core's fields of a call, differentiably, by whichever way the context needs."""
     plain = not custom_ops.needed(*tensors)
     transformed = torch._C._are_functorch_transforms_active()
-    if call.grad_buffer is not None and (transformed or not plain):
+    if grad_buffer is not None and (transformed or not plain):
         raise NotImplementedError(
             "grad_buffer is changed by the backward, which torch.compile, torch.func and dispatch "
             "modes cannot follow: leave it out there"
@@ -44,9 +43,9 @@ def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     if not plain:
         return custom_ops.statistics(call, tensors)
     if transformed:
-        return _Transformed.apply(*tensors, call)[:-1]  # type: ignore[no-any-return]
+        return _Transformed.apply(*tensors, call, None)[:-1]  # type: ignore[no-any-return]
     if call.gradients or in_forward_mode():
-        return _RowStatistics.apply(*tensors, call)[:-1]  # type: ignore[no-any-return]
+        return _RowStatistics.apply(*tensors, call, grad_buffer)[:-1]  # type: ignore[no-any-return]
     return engine.forward(call, tensors)[0]
 
 
@@ -55,10 +54,13 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
-def wanted_bits(call: Call, needs: tuple[bool, ...]) -> int:
+def wanted_bits(needs: tuple[bool, ...], grad_buffer: Optional) -> int:
     """Bits of the gradients that this backward must make."""
-    wanted = sum(bit for bit, need in zip(BITS, needs, strict=False) if need)
-    if call.grad_buffer is None:
+    wanted = 0
+    for bit, need in zip(BITS, needs, strict=False):
+        if need:
+            wanted |= bit
+    if grad_buffer is None:
         return wanted
     if torch.is_grad_enabled():
         raise NotImplementedError(
@@ -95,8 +97,8 @@ class _RowStatistics(_Refusals):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Optional, ...]:
         """Return the fields, then the store (None for none)."""
-        *tensors, call = arguments
-        loan = offer(call, tensors[1])
+        *tensors, call, grad_buffer = arguments
+        loan = offer(call, tensors[1], grad_buffer)
         fields, store = engine.forward(call, Tensors(*tensors), loan)
         output = (*fields, store)
         _keep(ctx, arguments, output)
@@ -110,20 +112,22 @@ class _RowStatistics(_Refusals):
         """Recompute tiles, or differentiate the recomputation if a graph of it is wanted."""
         saved = ctx.saved_tensors  # once: checkpointing recomputes on each access
         tensors, fields, store = Tensors(*saved[:7]), saved[7:-1], saved[-1]
-        wanted = wanted_bits(ctx.call, ctx.needs_input_grad[:5])
+        wanted = wanted_bits(ctx.needs_input_grad[:5], ctx.grad_buffer)
         call, loan = ctx.call, None
         if ctx.borrowed:
             # Good for one backward; another one, or its derivative, recomputes.
             loan, ctx.loan = ctx.loan, None
             if loan is None or torch.is_grad_enabled():
-                call, loan = replace(call, memory=0), None
+                call, loan = engine.recomputing(call), None
         if not torch.is_grad_enabled():
-            gradients = engine.backward(call, wanted, tensors, store, fields, cotangents[:-1], loan)
+            gradients = engine.backward(
+                call, wanted, tensors, store, fields, cotangents[:-1], loan, ctx.grad_buffer
+            )
         else:
             gradients = _RowStatisticsBackward.apply(
                 *tensors, store, call, wanted, *fields, *cotangents[:-1]
             )
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
 
 
 class _Transformed(_RowStatistics):
@@ -132,7 +136,7 @@ class _Transformed(_RowStatistics):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Optional, ...]:
         """Return the fields, then the store (None for none)."""
-        *tensors, call = arguments
+        *tensors, call, _ = arguments
         fields, store = engine.forward(call, Tensors(*tensors))
         return (*fields, store)
 
@@ -145,7 +149,7 @@ class _Transformed(_RowStatistics):
 
 def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     """Keep inputs, fields and store: never anything of N x V."""
-    *tensors, ctx.call = inputs
+    *tensors, ctx.call, ctx.grad_buffer = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
     constant = [t for t, f in zip(output, ctx.call.fields, strict=False) if f[2]]

@@ -7,6 +7,7 @@ serve meta tensors.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from logitless import stats
@@ -37,7 +38,10 @@ def needed(*tensors: Optional) -> bool:
     """Tell whether the call must be visible to a tracer, a dispatch mode or a tensor subclass."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return True
-    return any(t is not None and (type(t) not in _PLAIN or t.is_meta) for t in tensors)
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
+            return True
+    return False
 
 
 def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -96,6 +100,7 @@ def _unpack(input: Tensor, weight: Tensor, ids: Optional, vectors: Optional, *pa
         *parts,
         fields=stats.core_fields.__wrapped__(*parts),  # sizes may be symbolic: no cache
         rows_shape=rows_shape,
+        rows=prod(lead),
         positions=positions,
         shift=shift,
         ignore_index=ignore_index,

@@ -14,7 +14,14 @@ from logitless._arrays import Handle, torch_handle
 from logitless._check import ArgumentError
 from logitless._extras import torch
 
-__all__ = ["backward", "check", "cotangents", "forward", "losses", "plan"]
+__all__ = [
+    "backward",
+    "check",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "forward",
+    "plan",
+]
 
 # `engine` makes the arguments of both; the CUDA calls take device, stream and scratch besides, and
 # are there only where the extension was built with them.
@@ -70,8 +77,7 @@ def forward(
     """
     if device.type == "cuda":
         scratch = torch.empty(plan.forward_bytes, dtype=torch.uint8, device=device)
-        launch = _launch(device, plan, scratch)
-        _CUDA.cuda_forward(*arguments, *launch, **_options(scale=scale, lent=lent))
+        _CUDA.cuda_forward(*arguments, *_launch(device, plan, scratch), scale, lent)
     else:
         _CPU.forward(*arguments, plan, torch.get_num_threads())
 
@@ -81,49 +87,68 @@ def backward(
     plan: Any,
     *arguments: Any,
     scale: Handle | None = None,
-    accumulate_weight: bool | None = None,
+    accumulate_weight: bool = False,
     lent: Handle | None = None,
 ) -> None:
     """Run `_core.backward`, or its CUDA twin, which can add to d_weight."""
     if device.type == "cuda":
         scratch = torch.empty(plan.backward_bytes, dtype=torch.uint8, device=device)
         launch = _launch(device, plan, scratch)
-        options = _options(scale=scale, accumulate_weight=accumulate_weight, lent=lent)
-        _CUDA.cuda_backward(*arguments, *launch, **options)
+        _CUDA.cuda_backward(*arguments, *launch, accumulate_weight, scale, lent)
     else:
         _CPU.backward(*arguments, plan, torch.get_num_threads())
 
 
-def losses(device: torch.device, *arguments: Any) -> None:
-    """Run `_core.cuda_losses` on contiguous tensors of any shape."""
-    _CUDA.cuda_losses(*map(_handle, arguments), *_where(device))
+def cross_entropy_forward(
+    device: torch.device,
+    plan: Any,
+    *arguments: Any,
+    share: Handle,
+    scale: Handle | None,
+    lent: Handle | None,
+) -> None:
+    """Run `_core.cross_entropy_forward`, or its CUDA twin.
+
+    The twin keeps in `share` what a reduction multiplies each row by; nobody reads it on the host.
+    """
+    if device.type == "cuda":
+        scratch = torch.empty(plan.forward_bytes, dtype=torch.uint8, device=device)
+        launch = _launch(device, plan, scratch)
+        _CUDA.cuda_cross_entropy_forward(*arguments, *launch, share, scale, lent)
+    else:
+        _CPU.cross_entropy_forward(*arguments, plan, torch.get_num_threads())
 
 
-def cotangents(device: torch.device, *arguments: Any) -> None:
-    """Run `_core.cuda_cotangents` on contiguous tensors of any shape."""
-    _CUDA.cuda_cotangents(*map(_handle, arguments), *_where(device))
-
-
-def _handle(argument: Any) -> Any:
-    return torch_handle(argument.view(-1)) if isinstance(argument, torch.Tensor) else argument
+def cross_entropy_backward(
+    device: torch.device,
+    plan: Any,
+    *arguments: Any,
+    share: Handle,
+    accumulate_weight: bool,
+    scale: Handle | None,
+    lent: Handle | None,
+) -> None:
+    """Run `_core.cross_entropy_backward`, or its CUDA twin."""
+    if device.type == "cuda":
+        scratch = torch.empty(plan.cross_entropy_bytes, dtype=torch.uint8, device=device)
+        launch = _launch(device, plan, scratch)
+        _CUDA.cuda_cross_entropy_backward(
+            *arguments, *launch, share, accumulate_weight, scale, lent
+        )
+    else:
+        _CPU.cross_entropy_backward(*arguments, plan, torch.get_num_threads())
 
 
 def _launch(device: torch.device, plan: Any, scratch: torch.Tensor) -> tuple[Any, ...]:
-    """Return the trailing arguments of a CUDA call.
+    """Return the arguments of a CUDA call that follow those of the CPU's.
 
     The caller holds the scratch until the call returns: it then goes back to torch's allocator,
     which reuses it in stream order.
     """
-    return (plan, 0, *_where(device), torch_handle(scratch))
-
-
-def _where(device: torch.device) -> tuple[int, int]:
-    """Return ordinal and current stream."""
-    return _index(device), torch.cuda.current_stream(device).cuda_stream
-
-
-def _options(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
+    index = _index(device)
+    # torch.cuda.current_stream makes an object of this number.
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    return (plan, 0, index, stream, torch_handle(scratch))
 
 
 def _index(device: torch.device) -> int:

@@ -7,7 +7,8 @@ engine call for each of its positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import Any, NamedTuple
@@ -31,8 +32,11 @@ __all__ = [
     "Slots",
     "Tensors",
     "backward",
+    "call_of",
     "forward",
     "keeps_when_lean",
+    "kept_handles",
+    "recomputing",
     "store_bytes",
 ]
 
@@ -54,6 +58,7 @@ class Call:
     targets: int  # ids a row
     fields: tuple[tuple[str, int, bool], ...]  # (name, columns or 0, is integer) of each output
     rows_shape: tuple[int, ...]  # of a per-row field: leading dimensions less shift, positions
+    rows: int  # N, of one position
     positions: tuple[int, ...]  # (d1, ..., dK) of the head
     shift: int
     ignore_index: int | None
@@ -62,17 +67,22 @@ class Call:
     memory: int
     gradients: int
     dtype: torch.dtype  # of the products; differs from the tensors' own under autocast
-    grad_buffer: Optional = None  # d_weight is added to it instead of being returned
 
     @property
     def accumulation(self) -> torch.dtype:
         """The dtype of the statistics: float64 for float64, else float32."""
         return torch.float64 if self.dtype is torch.float64 else torch.float32
 
-    @property
-    def rows(self) -> int:
-        """N, the rows of one position."""
-        return prod(self.rows_shape[: len(self.rows_shape) - len(self.positions)])
+
+# A step that repeats its shapes repeats its calls. Equal ones are one object, and a plan is found
+# again by it. Tracers, whose sizes may be symbols, make their own.
+call_of = lru_cache(maxsize=256)(Call)
+
+
+@lru_cache(maxsize=256)
+def recomputing(call: Call) -> Call:
+    """Return the same call with a forward that keeps nothing."""
+    return replace(call, memory=0)
 
 
 class Tensors(NamedTuple):
@@ -93,7 +103,7 @@ def store_bytes(call: Call, device: torch.device, weight: Handle) -> int:
         return 0
     if call.memory == -1 and not keeps_when_lean(call, device):
         return 0
-    size: int = _plan(call, device, weight, None).store_bytes
+    size: int = _planned(call, device, weight, None).store_bytes
     return size
 
 
@@ -121,26 +131,26 @@ def forward(
         )
         for _, columns, integer in call.fields
     ]
-    store = store_handle = None
+    store = None
     if rows:
         problem = Problem(call, tensors, loan)
-        if loan is not None and loan.take(problem.plan, tensors.weight):
-            store_handle = _handle(loan.store)
-        elif size := store_bytes(call, device, problem.head):
-            store = torch.empty(size, dtype=torch.uint8, device=device)
-            store_handle = torch_handle(store)
+        store = problem.store(loan, tensors.weight)
+        kept, lent = kept_handles(store, loan)
         for index, position in enumerate(positions):
             device_calls.forward(
                 device,
                 problem.plan,
+                problem.spec,
                 *problem.arguments(index, position),
+                problem.vectors,
+                problem.dense_handle(index),
                 tuple(
                     layout.field_handle(output, index, rows, columns)
                     for output, (_, columns, _) in zip(outputs, call.fields, strict=True)
                 ),
-                store_handle,
+                kept,
                 scale=problem.device_scale,
-                lent=None if loan is None else _handle(loan.d_weight),
+                lent=lent,
             )
     return tuple(
         layout.to_rows(output, call.rows_shape, count, columns)
@@ -156,20 +166,23 @@ def backward(
     fields: tuple[Tensor, ...],
     cotangents: tuple[Optional, ...],
     loan: Loan | None = None,
+    grad_buffer: Optional = None,
 ) -> tuple[Optional, Optional, Optional, Optional, Optional]:
     """Turn the cotangents of the fields into the wanted gradients.
 
     Returns those of (input, weight, bias, scale, dense), None where not `wanted`: in the dtype of
-    their tensors, rounded once from the accumulation dtype. A `loan` that the forward took ends
-    here: its memory is then that of the gradients.
+    their tensors, rounded once from the accumulation dtype. The weight's is added to `grad_buffer`
+    instead, if there is one. A `loan` that the forward took ends here: its memory is then that of
+    the gradients.
     """
     rows, accumulation = call.rows, call.accumulation
     positions = list(product(*map(range, call.positions)))
     count = len(positions)
-    slots = Slots(call, wanted, tensors, loan)
+    slots = Slots(call, wanted, tensors, loan, grad_buffer)
     if not rows:
         return slots.zero().results()
     problem = Problem(call, tensors, loan)
+    kept, lent = kept_handles(store, loan)
     columns = [c for _, c, _ in call.fields]
     saved = [
         layout.to_positions(field, count, c, field.dtype)
@@ -183,7 +196,10 @@ def backward(
         device_calls.backward(
             tensors.input.device,
             problem.plan,
+            problem.spec,
             *problem.arguments(index, position),
+            problem.vectors,
+            problem.dense_handle(index),
             tuple(
                 layout.field_handle(field, index, rows, c)
                 for field, c in zip(saved, columns, strict=True)
@@ -192,12 +208,13 @@ def backward(
                 None if g is None else layout.field_handle(g, index, rows, c)
                 for g, c in zip(given, columns, strict=True)
             ),
-            _handle(store if loan is None else loan.store),
+            kept,
             *slots.handles(index, position),
+            slots.dense_handle(index),
             index > 0,
             scale=problem.device_scale,
             accumulate_weight=slots.accumulates,
-            lent=None if loan is None else _handle(loan.d_weight),
+            lent=lent,
         )
     return slots.results()
 
@@ -205,9 +222,15 @@ def backward(
 class Slots:
     """The gradients that a backward fills: allocated, handed out as handles, finished."""
 
-    def __init__(self, call: Call, wanted: int, tensors: Tensors, loan: Loan | None = None) -> None:
-        self.call = call
-        self.likes = tensors
+    def __init__(
+        self,
+        call: Call,
+        wanted: int,
+        tensors: Tensors,
+        loan: Loan | None = None,
+        grad_buffer: Optional = None,
+    ) -> None:
+        self.call, self.likes, self.buffer = call, tensors, grad_buffer
         input, weight, bias, scale, dense = tensors[:5]
         count, device = prod(call.positions), input.device
         self.input = self.weight = self.bias = self.scale = self.dense = self.rows = None
@@ -218,11 +241,12 @@ class Slots:
             if call.shift:
                 self.input.narrow(-2, input.shape[-2] - call.shift, call.shift).zero_()
             self.rows = layout.rows_handle(self.input, call.shift)[1]
-        self.accumulates = None
-        if wanted & WEIGHT and call.grad_buffer is not None:
-            # CUDA kernels add to the buffer; the CPU's sums are added to it at the end.
-            self.accumulates = True if input.is_cuda else None
-            self.weight = call.grad_buffer if input.is_cuda else torch.empty_like(call.grad_buffer)
+        # CUDA kernels add to the buffer; the CPU's sums are added to it at the end.
+        self.accumulates = bool(wanted & WEIGHT) and grad_buffer is not None and input.is_cuda
+        if self.accumulates:
+            self.weight = grad_buffer
+        elif wanted & WEIGHT and grad_buffer is not None:
+            self.weight = torch.empty_like(grad_buffer)
         elif wanted & WEIGHT and loan is not None and loan.d_weight is not None:
             self.weight = loan.d_weight
         elif wanted & WEIGHT:
@@ -237,23 +261,26 @@ class Slots:
 
     def _dtype(self, like: Tensor) -> torch.dtype:
         """Write `like`'s dtype directly where the engine can: its own, or that of its sums."""
-        accumulation = self.call.accumulation
-        return like.dtype if like.dtype in (self.call.dtype, accumulation) else accumulation
+        dtype, accumulation = like.dtype, self.call.accumulation
+        return dtype if dtype is self.call.dtype or dtype is accumulation else accumulation
 
     def handles(self, index: int, position: tuple[int, ...]) -> tuple[Handle | None, ...]:
-        """Return the handles of d_input, d_weight, d_bias, d_scale and d_dense of one head."""
+        """Return the handles of d_input, d_weight, d_bias and d_scale of one head."""
         return (
             self.rows,
             None if self.weight is None else layout.class_handle(self.weight, position),
             None if self.bias is None else layout.class_handle(self.bias, position),
             None if self.scale is None else torch_handle(self.scale[index]),
-            None if self.dense is None else torch_handle(self.dense[index]),
         )
+
+    def dense_handle(self, index: int) -> Handle | None:
+        """Return the handle of d_dense of one head."""
+        return None if self.dense is None else torch_handle(self.dense[index])
 
     def zero(self) -> Slots:
         """Fill with zeros: there are no rows."""
         for gradient in (self.input, self.weight, self.bias, self.scale, self.dense):
-            if gradient is not None and gradient is not self.call.grad_buffer:
+            if gradient is not None and gradient is not self.buffer:
                 gradient.zero_()
         return self
 
@@ -261,9 +288,9 @@ class Slots:
         """Return the gradients in the dtype of their tensors."""
         input, weight, bias, scale, dense = self.likes[:5]
         d_weight, d_scale, d_dense = self.weight, self.scale, self.dense
-        if d_weight is not None and self.call.grad_buffer is not None:
+        if d_weight is not None and self.buffer is not None:
             if not self.accumulates:
-                self.call.grad_buffer.add_(d_weight)
+                self.buffer.add_(d_weight)
             d_weight = None
         if d_scale is not None and scale is not None:
             d_scale = d_scale.sum().to(dtype=scale.dtype, device=scale.device)
@@ -271,9 +298,9 @@ class Slots:
             call = self.call
             d_dense = layout.scatter_dense(d_dense, dense, call.positions, call.shift)
         return (
-            None if self.input is None else self.input.to(input.dtype),
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if self.bias is None or bias is None else self.bias.to(bias.dtype),
+            _rounded(self.input, input),
+            _rounded(d_weight, weight),
+            _rounded(self.bias, bias),
             d_scale,
             d_dense,
         )
@@ -284,14 +311,11 @@ class Problem:
 
     def __init__(self, call: Call, tensors: Tensors, loan: Loan | None = None) -> None:
         input, weight, bias, scale, dense, ids, vectors = tensors
+        dtype = call.dtype
         self.call = call
-        self.rows = call.rows
-        self.spec = stats.core_spec(call.core, call.powers, call.vectors, call.topk, call.targets)
-        self.input, self.input_rows = layout.rows_handle(
-            layout.plain(input, call.dtype), call.shift
-        )
-        self.weight = layout.plain(weight, call.dtype)
-        self.bias = None if bias is None else layout.plain(bias, call.dtype)
+        self.input, self.input_rows = layout.rows_handle(layout.plain(input, dtype), call.shift)
+        self.weight = layout.plain(weight, dtype)
+        self.bias = None if bias is None else layout.plain(bias, dtype)
         self.ids = ids
         if ids is not None:
             self.ids = layout.to_positions(ids, prod(call.positions), call.targets, torch.int64)
@@ -305,40 +329,91 @@ class Problem:
         self.dense = (
             None
             if dense is None
-            else layout.dense_rows(dense, self.rows, call.positions, call.shift)
+            else layout.dense_rows(dense, call.rows, call.positions, call.shift)
         )
         self.vectors = None if vectors is None else torch_handle(vectors)
-        self.head = layout.class_handle(self.weight, (0,) * len(call.positions))
-        self.plan = _plan(call, input.device, self.head, None if loan is None else loan.lends)
+        address, _, shape, strides = layout.class_handle(self.weight, (0,) * len(call.positions))
+        self.plan = _plan(
+            call,
+            input.device,
+            address % _ALIGNMENT,
+            shape,
+            strides,
+            None if loan is None else loan.lends,
+        )
+
+    @property
+    def spec(self) -> Any:
+        """The statistics, as the core's object."""
+        return _spec(self.call)
+
+    def store(self, loan: Loan | None, weight: Tensor) -> Optional:
+        """Allocate what the forward keeps for the backward, if not in the loan that it takes."""
+        if loan is not None and loan.take(self.plan, weight):
+            return None
+        size = self.plan.store_bytes
+        return torch.empty(size, dtype=torch.uint8, device=self.input.device) if size else None
 
     def arguments(self, index: int, position: tuple[int, ...]) -> tuple[Any, ...]:
-        """The leading arguments that the core's forward and backward share."""
+        """The arguments that every entry point of the engine begins with, after the spec."""
         call = self.call
         return (
-            self.spec,
             self.input_rows,
             layout.class_handle(self.weight, position),
             None if self.bias is None else layout.class_handle(self.bias, position),
             None
             if self.ids is None
-            else layout.field_handle(self.ids, index, self.rows, call.targets),
+            else layout.field_handle(self.ids, index, call.rows, call.targets),
             call.ignore_index,
             self.scale,
             call.softcap,
-            self.vectors,
-            None if self.dense is None else torch_handle(self.dense[..., index]),
         )
 
-
-def _capped_entropy(call: Call, device: torch.device) -> bool:
-    return call.softcap > 0 and "entropy" in call.core and device.type == "cuda"
-
-
-def _handle(tensor: Optional) -> Handle | None:
-    return None if tensor is None else torch_handle(tensor)
+    def dense_handle(self, index: int) -> Handle | None:
+        """The handle of the dense weights of one head."""
+        return None if self.dense is None else torch_handle(self.dense[..., index])
 
 
-def _plan(call: Call, device: torch.device, weight: Handle, lends: int | None) -> Any:
+def _rounded(gradient: Optional, like: Optional) -> Optional:
+    if gradient is None or like is None or gradient.dtype is like.dtype:
+        return gradient
+    return gradient.to(like.dtype)
+
+
+def kept_handles(store: Optional, loan: Loan | None) -> tuple[Handle | None, Handle | None]:
+    """Return the handles of what a forward keeps: its store, and the memory of d_weight."""
+    if loan is None or loan.store is None:
+        return (None if store is None else torch_handle(store)), None
+    lent = None if loan.d_weight is None else torch_handle(loan.d_weight)
+    return torch_handle(loan.store), lent
+
+
+@lru_cache(maxsize=256)
+def _spec(call: Call) -> Any:
+    return stats.core_spec(call.core, call.powers, call.vectors, call.topk, call.targets)
+
+
+# Tensor cores read a weight in place by its strides, and by its address up to this much.
+_ALIGNMENT = 256
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    call: Call,
+    device: torch.device,
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    lends: int | None,
+) -> Any:
+    """Size a call, once for every layout of its weight."""
+    return _planned(call, device, (address, torch_code(call.dtype), shape, strides), lends)
+
+
+def _planned(call: Call, device: torch.device, weight: Handle, lends: int | None) -> Any:
+    # What is kept belongs to one head: one with extra dimensions recomputes. Exponentials of a
+    # softcap carry its slope, which an entropy's gradient cannot take out again.
+    capped = call.softcap > 0 and "entropy" in call.core and device.type == "cuda"
     return device_calls.plan(
         device,
         weight,
@@ -347,9 +422,7 @@ def _plan(call: Call, device: torch.device, weight: Handle, lends: int | None) -
         weight[2][1],
         weight[2][0],
         torch_code(call.dtype),
-        # What is kept belongs to one head: one with extra dimensions recomputes. Exponentials of a
-        # softcap carry its slope, which an entropy's gradient cannot take out again.
-        0 if call.positions or _capped_entropy(call, device) else call.memory,
+        0 if call.positions or capped else call.memory,
         call.gradients,
         lends=lends,
         compact=not call.shift,

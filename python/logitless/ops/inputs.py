@@ -96,7 +96,7 @@ def class_ids(target: Tensor, geometry: Geometry, shift: int, ignore_index: int)
     if shift:
         axis = len(geometry.lead) - 1
         target = target.narrow(axis, shift, target.shape[axis] - shift)
-    ids = target.to(torch.int64)
+    ids = target if target.dtype is torch.int64 else target.to(torch.int64)
     if ids.is_cuda and os.environ.get("LOGITLESS_CHECK") == "1":
         _check_range(ids, geometry.classes, ignore_index)
     return ids

@@ -16,6 +16,7 @@ __all__ = [
     "class_handle",
     "dense_rows",
     "field_handle",
+    "loss_handles",
     "plain",
     "rows_handle",
     "scatter_dense",
@@ -81,6 +82,17 @@ def field_handle(tensor: torch.Tensor, index: int, rows: int, columns: int) -> H
     return (address, code, (rows,), (1,))
 
 
+def loss_handles(tensor: torch.Tensor, rows: int) -> tuple[Handle, Handle, Handle]:
+    """Read (2 N + 1,) as what a cross entropy keeps: rest (N,), target (N, 1) and a share ()."""
+    address, code, _, _ = torch_handle(tensor)
+    step = rows * tensor.element_size()
+    return (
+        (address, code, (rows,), (1,)),
+        (address + step, code, (rows, 1), (1, 1)),
+        (address + 2 * step, code, (), ()),
+    )
+
+
 def to_rows(
     tensor: torch.Tensor, rows_shape: tuple[int, ...], positions: int, columns: int
 ) -> torch.Tensor:
@@ -95,7 +107,8 @@ def to_positions(
     tensor: torch.Tensor, positions: int, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Undo `to_rows`: the contiguous (P, N[, columns]) that `field_handle` reads."""
-    tensor = tensor.to(dtype)
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
     if positions > 1:
         tensor = tensor.reshape(-1, positions, max(columns, 1)).transpose(0, 1)
     return tensor.contiguous()

@@ -59,7 +59,7 @@ class Loan:
         return True
 
 
-def offer(call: Call, weight: torch.Tensor) -> Loan | None:
+def offer(call: Call, weight: torch.Tensor, grad_buffer: torch.Tensor | None) -> Loan | None:
     """Return an empty loan for a call whose backward may end it; None where nothing can be lent."""
     if (
         not weight.is_cuda
@@ -75,7 +75,7 @@ def offer(call: Call, weight: torch.Tensor) -> Loan | None:
     running = _running.get(weight.device.index)
     if _hooks is None or _hooks(False) is not None or (running is not None and running()):
         return None
-    whole = call.grad_buffer is None and weight.is_contiguous()
+    whole = grad_buffer is None and weight.is_contiguous()
     return Loan(weight.element_size() if whole and weight.dtype in _ELEMENTS else 0)
 
 

@@ -6,7 +6,7 @@ from logitless import _check, stats
 from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.ops import autograd, inputs
-from logitless.ops.engine import Call, Tensors
+from logitless.ops.engine import Call, Tensors, call_of
 from logitless.ops.statistics import RowStatistics
 
 __all__ = ["RowStatistics", "compute", "row_statistics"]
@@ -170,10 +170,11 @@ def compute(
     fields_of = (
         stats.core_fields.__wrapped__ if torch.compiler.is_compiling() else stats.core_fields
     )
-    call = Call(
+    call = (Call if torch.compiler.is_compiling() else call_of)(
         *parts,
         fields=fields_of(*parts),
         rows_shape=geometry.rows_shape,
+        rows=geometry.rows,
         positions=geometry.positions,
         shift=shift,
         ignore_index=ignore_index,
@@ -184,10 +185,10 @@ def compute(
             input, linear_weight, linear_bias, scale, dense, grad_buffer=grad_buffer
         ),
         dtype=dtype,
-        grad_buffer=inputs.grad_buffer(grad_buffer, linear_weight, dtype),
     )
     tensors = Tensors(input, linear_weight, linear_bias, scale, dense, ids, vectors)
-    fields = autograd.statistics(call, tensors)
+    buffer = inputs.grad_buffer(grad_buffer, linear_weight, dtype)
+    fields = autograd.statistics(call, tensors, buffer)
     names = [name for name, _, _ in call.fields]
     return RowStatistics(
         dict(zip(names, fields, strict=True)),

@@ -10,7 +10,7 @@
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit,
 //! `choice` its kernel · `plan`, `share`, `partly` sizes, `layout` buffers · `forward`, `backward`,
 //! `keep`, `tiles`, `sums`, `stored`, `frozen` the compositions, `blocks` of rows where there are many ·
-//! `loss` what a cross entropy makes of them · `info` what there is.
+//! `loss` a cross entropy of them · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
@@ -46,6 +46,6 @@ pub use backward::backward;
 pub use error::{Error, Result};
 pub use forward::forward;
 pub use info::{DeviceInfo, Info, info, warm_up};
-pub use loss::{Rows, cotangents, losses};
+pub use loss::{cross_entropy_backward, cross_entropy_forward};
 pub use plan::{Plan, describable, plan};
 pub use share::{Lends, Outputs};

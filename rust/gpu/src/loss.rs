@@ -1,117 +1,167 @@
-//! Cross entropy of class ids from the statistics of the rows: one launch each way.
+//! Cross entropy of class ids: the statistics of the rows, and one launch more each way.
 
-use logitless_core::{CrossEntropy, DType, Reduction, Tensor};
+use logitless_core::{CrossEntropy, DType, Error, Gradients, Problem, Reduction, Saved, Tensor};
 
+use crate::backward::backward;
 use crate::error::Result;
+use crate::forward::{check_workspace, forward};
 use crate::launch::{Stream, suffix};
 use crate::params;
+use crate::plan::Plan;
 
-/// What the forward left: `rest` and `target`, (N,) or (N, 1), and the ids of the targets.
-#[derive(Clone, Copy, Debug)]
-pub struct Rows<'a> {
-    /// The other classes' log-sum-exp.
-    pub rest: &'a Tensor,
-    /// The target's logit.
-    pub target: &'a Tensor,
-    /// int64.
-    pub ids: &'a Tensor,
-    /// Rows of this id count for nothing.
-    pub ignore: i64,
+/// Arrays of the workspace begin at multiples of this.
+const ALIGNMENT: usize = 256;
+
+impl Plan {
+    /// Workspace of [`cross_entropy_backward`]: a backward's, and the cotangents behind it.
+    pub fn cross_entropy_bytes(&self) -> usize {
+        let cotangents = 2 * self.rows * self.dtype.accumulator().size();
+        self.backward_bytes.next_multiple_of(ALIGNMENT) + cotangents
+    }
 }
 
-impl Rows<'_> {
-    /// Their parameters, once everything has been checked to be contiguous, one element a row.
-    fn params(&self, of: &CrossEntropy) -> Result<params::Loss> {
-        let rows = self.rest.len();
-        let acc = self.rest.dtype();
-        self.rest.expect_dtype("rest", &[DType::F32, DType::F64])?;
-        check("rest", self.rest, acc, rows)?;
-        check("target", self.target, acc, rows)?;
-        check("ids", self.ids, DType::I64, rows)?;
-        Ok(params::Loss {
-            rest: self.rest.address(),
-            target: self.target.address(),
-            ids: self.ids.address(),
-            z_loss: of.z_weight,
-            ignore: self.ignore,
-            rows: rows as i64,
-            per_row: i32::from(of.reduction == Reduction::None),
-            mean: i32::from(of.reduction == Reduction::Mean),
-            ..params::Loss::default()
-        })
+/// Computes `rest` and `target` of every row, and the loss of every row, 0 for ignored ones, or their
+/// sum or mean. With a reduction, `share` receives what it multiplies each row by.
+///
+/// # Errors
+/// As for [`crate::forward`], before any work.
+///
+/// # Safety
+/// As for [`crate::forward`].
+#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
+pub unsafe fn cross_entropy_forward(
+    of: &CrossEntropy,
+    problem: &Problem,
+    saved: &Saved,
+    loss: &Tensor,
+    share: &Tensor,
+    plan: &Plan,
+    device: usize,
+    stream: usize,
+    workspace: &Tensor,
+    store: Option<&Tensor>,
+    scale: Option<&Tensor>,
+    lent: Option<&Tensor>,
+) -> Result<()> {
+    let (acc, per_row) = (saved.rest.dtype(), of.reduction == Reduction::None);
+    check("loss", loss, acc, if per_row { plan.rows } else { 1 })?;
+    let params =
+        params::Loss { loss: loss.address(), ..loss_params(of, problem, saved, share, plan)? };
+    let outputs = [saved.rest, saved.target];
+    // SAFETY: the caller's promise.
+    unsafe {
+        let spec = CrossEntropy::spec();
+        forward(spec, problem, &outputs, plan, device, stream, workspace, store, scale, lent)?;
     }
+    let (name, blocks, threads) = match (per_row, acc) {
+        (true, DType::F64) => ("loss_rows_f64", plan.rows.div_ceil(256), 256),
+        (true, _) => ("loss_rows_f32", plan.rows.div_ceil(256), 256),
+        (false, DType::F64) => ("loss_total_f64", 1, 1024),
+        (false, _) => ("loss_total_f32", 1, 1024),
+    };
+    let stream = Stream::enter(device, stream)?;
+    // SAFETY: the caller's promise; shapes are checked.
+    unsafe { stream.launch(name, (blocks, 1), threads, 0, &params) }
+}
+
+/// Turns the `gradient` of the loss into those of the wanted operands: it has one element a row, or
+/// one in all, which the forward's `share` multiplies. The workspace has
+/// [`Plan::cross_entropy_bytes`].
+///
+/// # Errors
+/// As for [`crate::backward`].
+///
+/// # Safety
+/// As for [`crate::backward`].
+#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
+pub unsafe fn cross_entropy_backward(
+    of: &CrossEntropy,
+    problem: &Problem,
+    saved: &Saved,
+    gradient: &Tensor,
+    share: &Tensor,
+    gradients: &Gradients,
+    accumulate_weight: bool,
+    plan: &Plan,
+    device: usize,
+    stream: usize,
+    workspace: &Tensor,
+    store: Option<&Tensor>,
+    scale: Option<&Tensor>,
+    lender: Option<&Tensor>,
+) -> Result<()> {
+    let (acc, rows) = (saved.rest.dtype(), plan.rows);
+    check("gradient", gradient, acc, if of.reduction == Reduction::None { rows } else { 1 })?;
+    check_workspace("workspace", workspace, plan.cross_entropy_bytes())?;
+    let g_rest = workspace.address() + plan.backward_bytes.next_multiple_of(ALIGNMENT);
+    let g_target = g_rest + rows * acc.size();
+    let params = params::Loss {
+        gradient: gradient.address(),
+        g_rest,
+        g_target,
+        ..loss_params(of, problem, saved, share, plan)?
+    };
+    let cotangents = [
+        Some(Tensor::new(g_rest, acc, &[rows], &[1])?),
+        Some(Tensor::new(g_target, acc, &[rows, 1], &[1, 1])?),
+    ];
+    {
+        let stream = Stream::enter(device, stream)?;
+        let name = format!("loss_slopes_{}", suffix(acc));
+        // SAFETY: the caller's promise; shapes are checked.
+        unsafe { stream.launch(&name, (rows.div_ceil(256), 1), 256, 0, &params)? };
+    }
+    // SAFETY: the caller's promise; the cotangents lie behind what the plan's backward uses.
+    unsafe {
+        backward(
+            CrossEntropy::spec(),
+            problem,
+            &[saved.rest, saved.target],
+            &cotangents,
+            gradients,
+            accumulate_weight,
+            plan,
+            device,
+            stream,
+            workspace,
+            store,
+            scale,
+            lender,
+        )
+    }
+}
+
+/// What both directions tell their kernel, once everything has been checked.
+fn loss_params(
+    of: &CrossEntropy,
+    problem: &Problem,
+    saved: &Saved,
+    share: &Tensor,
+    plan: &Plan,
+) -> Result<params::Loss> {
+    let (rows, acc) = (plan.rows, plan.dtype.accumulator());
+    check("rest", &saved.rest, acc, rows)?;
+    check("target", &saved.target, acc, rows)?;
+    check("share", share, acc, 1)?;
+    let missing = |argument| Error::Missing { argument, expected: "that of class ids".into() };
+    let ids = problem.ids.as_ref().ok_or_else(|| missing("ids"))?;
+    check("ids", ids, DType::I64, rows)?;
+    Ok(params::Loss {
+        rest: saved.rest.address(),
+        target: saved.target.address(),
+        ids: ids.address(),
+        share: share.address(),
+        z_loss: of.z_weight,
+        ignore: problem.ignore_index.ok_or_else(|| missing("ignore_index"))?,
+        rows: rows as i64,
+        per_row: i32::from(of.reduction == Reduction::None),
+        mean: i32::from(of.reduction == Reduction::Mean),
+        ..params::Loss::default()
+    })
 }
 
 fn check(argument: &'static str, tensor: &Tensor, dtype: DType, len: usize) -> Result<()> {
     tensor.expect_dtype(argument, &[dtype])?;
     tensor.expect_len(argument, len)?;
     Ok(tensor.expect_contiguous(argument)?)
-}
-
-/// Enqueues the loss of every row, 0 for ignored ones, or their sum or mean. With a reduction,
-/// `share` receives what it multiplies each row by.
-///
-/// # Errors
-/// Tensors that do not fit, before any work; the driver's refusals.
-///
-/// # Safety
-/// Every tensor describes memory of the device that stays valid until the stream has passed.
-pub unsafe fn losses(
-    of: &CrossEntropy,
-    rows: Rows,
-    loss: &Tensor,
-    share: &Tensor,
-    device: usize,
-    stream: usize,
-) -> Result<()> {
-    let (acc, per_row) = (rows.rest.dtype(), of.reduction == Reduction::None);
-    check("loss", loss, acc, if per_row { rows.rest.len() } else { 1 })?;
-    check("share", share, acc, 1)?;
-    let params = params::Loss { loss: loss.address(), share: share.address(), ..rows.params(of)? };
-    let (name, blocks, threads) =
-        if per_row { ("loss_rows", blocks(&rows), 256) } else { ("loss_total", 1, 1024) };
-    let stream = Stream::enter(device, stream)?;
-    // SAFETY: the caller's promise; shapes are checked.
-    unsafe { stream.launch(&format!("{name}_{}", suffix(acc)), (blocks, 1), threads, 0, &params) }
-}
-
-/// Enqueues the cotangents of `rest` and `target` from the loss's `gradient`: one element a row, or
-/// one in all, which `share` of the forward multiplies.
-///
-/// # Errors
-/// As for [`losses`].
-///
-/// # Safety
-/// As for [`losses`].
-#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
-pub unsafe fn cotangents(
-    of: &CrossEntropy,
-    rows: Rows,
-    gradient: &Tensor,
-    share: &Tensor,
-    g_rest: &Tensor,
-    g_target: &Tensor,
-    device: usize,
-    stream: usize,
-) -> Result<()> {
-    let (acc, count) = (rows.rest.dtype(), rows.rest.len());
-    check("gradient", gradient, acc, if of.reduction == Reduction::None { count } else { 1 })?;
-    check("share", share, acc, 1)?;
-    check("g_rest", g_rest, acc, count)?;
-    check("g_target", g_target, acc, count)?;
-    let params = params::Loss {
-        gradient: gradient.address(),
-        share: share.address(),
-        g_rest: g_rest.address(),
-        g_target: g_target.address(),
-        ..rows.params(of)?
-    };
-    let stream = Stream::enter(device, stream)?;
-    let name = format!("loss_slopes_{}", suffix(acc));
-    // SAFETY: the caller's promise; shapes are checked.
-    unsafe { stream.launch(&name, (blocks(&rows), 1), 256, 0, &params) }
-}
-
-fn blocks(rows: &Rows) -> usize {
-    rows.rest.len().div_ceil(256)
 }

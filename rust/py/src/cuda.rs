@@ -122,6 +122,12 @@ impl CudaPlan {
         self.plan.backward_bytes
     }
 
+    /// Workspace of `cuda_cross_entropy_backward`: a backward's, and cotangents.
+    #[getter]
+    fn cross_entropy_bytes(&self) -> usize {
+        self.plan.cross_entropy_bytes()
+    }
+
     /// Kept from the forward to the backward, in the caller's memory.
     #[getter]
     fn store_bytes(&self) -> usize {
@@ -335,57 +341,133 @@ pub fn cuda_backward(
     .map_err(error)
 }
 
-/// Losses of the rows from `rest` and `target`, or their reduction: 0 none, 1 mean, 2 sum.
+/// Plain cross entropy: what `cross_entropy_forward` does, and `share` for the backward.
 #[pyfunction]
+#[pyo3(signature = (
+    input, weight, bias, ids, ignore_index, logit_scale, softcap, reduction, z_loss_weight, loss,
+    rest, target, store, plan, threads, device, stream, workspace, share, scale = None, lent = None
+))]
 #[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
-pub fn cuda_losses(
+pub fn cuda_cross_entropy_forward(
     py: Python<'_>,
-    rest: TensorArg,
-    target: TensorArg,
+    input: TensorArg,
+    weight: TensorArg,
+    bias: Option<TensorArg>,
     ids: TensorArg,
-    ignore_index: i64,
+    ignore_index: Option<i64>,
+    logit_scale: f64,
+    softcap: f64,
     reduction: u8,
     z_loss_weight: f64,
     loss: TensorArg,
-    share: TensorArg,
+    rest: TensorArg,
+    target: TensorArg,
+    store: Option<TensorArg>,
+    plan: &Bound<'_, CudaPlan>,
+    threads: usize,
     device: usize,
     stream: usize,
+    workspace: TensorArg,
+    share: TensorArg,
+    scale: Option<TensorArg>,
+    lent: Option<TensorArg>,
 ) -> PyResult<()> {
+    let problem =
+        problem(input, weight, bias, Some(ids), ignore_index, logit_scale, softcap, None, None);
     let of = cross_entropy(reduction, z_loss_weight)?;
+    let saved = core::Saved { rest: rest.0, target: target.0 };
+    let (store, scale, lent) = (store.map(|t| t.0), scale.map(|t| t.0), lent.map(|t| t.0));
+    let _ = threads;
+    let plan = &plan.get().plan;
     // SAFETY: as in `cuda_forward`.
     py.detach(|| unsafe {
-        let rows =
-            gpu::Rows { rest: &rest.0, target: &target.0, ids: &ids.0, ignore: ignore_index };
-        gpu::losses(&of, rows, &loss.0, &share.0, device, stream)
+        gpu::cross_entropy_forward(
+            &of,
+            &problem,
+            &saved,
+            &loss.0,
+            &share.0,
+            plan,
+            device,
+            stream,
+            &workspace.0,
+            store.as_ref(),
+            scale.as_ref(),
+            lent.as_ref(),
+        )
     })
     .map_err(error)
 }
 
-/// Cotangents of `rest` and `target` from that of the loss.
+/// Gradients of `cuda_cross_entropy_forward`.
 #[pyfunction]
+#[pyo3(signature = (
+    input, weight, bias, ids, ignore_index, logit_scale, softcap, reduction, z_loss_weight, rest,
+    target, grad_loss, store, d_input, d_weight, d_bias, d_scale, plan, threads, device, stream,
+    workspace, share, accumulate_weight = false, scale = None, lent = None
+))]
 #[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
-pub fn cuda_cotangents(
+pub fn cuda_cross_entropy_backward(
     py: Python<'_>,
-    rest: TensorArg,
-    target: TensorArg,
+    input: TensorArg,
+    weight: TensorArg,
+    bias: Option<TensorArg>,
     ids: TensorArg,
-    ignore_index: i64,
+    ignore_index: Option<i64>,
+    logit_scale: f64,
+    softcap: f64,
     reduction: u8,
     z_loss_weight: f64,
-    gradient: TensorArg,
-    share: TensorArg,
-    g_rest: TensorArg,
-    g_target: TensorArg,
+    rest: TensorArg,
+    target: TensorArg,
+    grad_loss: TensorArg,
+    store: Option<TensorArg>,
+    d_input: Option<TensorArg>,
+    d_weight: Option<TensorArg>,
+    d_bias: Option<TensorArg>,
+    d_scale: Option<TensorArg>,
+    plan: &Bound<'_, CudaPlan>,
+    threads: usize,
     device: usize,
     stream: usize,
+    workspace: TensorArg,
+    share: TensorArg,
+    accumulate_weight: bool,
+    scale: Option<TensorArg>,
+    lent: Option<TensorArg>,
 ) -> PyResult<()> {
+    let problem =
+        problem(input, weight, bias, Some(ids), ignore_index, logit_scale, softcap, None, None);
     let of = cross_entropy(reduction, z_loss_weight)?;
+    let saved = core::Saved { rest: rest.0, target: target.0 };
+    let gradients = core::Gradients {
+        input: d_input.map(|t| t.0),
+        weight: d_weight.map(|t| t.0),
+        bias: d_bias.map(|t| t.0),
+        scale: d_scale.map(|t| t.0),
+        ..core::Gradients::default()
+    };
+    let (store, scale, lent) = (store.map(|t| t.0), scale.map(|t| t.0), lent.map(|t| t.0));
+    let _ = threads;
+    let plan = &plan.get().plan;
     // SAFETY: as in `cuda_forward`.
     py.detach(|| unsafe {
-        let rows =
-            gpu::Rows { rest: &rest.0, target: &target.0, ids: &ids.0, ignore: ignore_index };
-        let (g_rest, g_target) = (&g_rest.0, &g_target.0);
-        gpu::cotangents(&of, rows, &gradient.0, &share.0, g_rest, g_target, device, stream)
+        gpu::cross_entropy_backward(
+            &of,
+            &problem,
+            &saved,
+            &grad_loss.0,
+            &share.0,
+            &gradients,
+            accumulate_weight,
+            plan,
+            device,
+            stream,
+            &workspace.0,
+            store.as_ref(),
+            scale.as_ref(),
+            lent.as_ref(),
+        )
     })
     .map_err(error)
 }

@@ -23,8 +23,9 @@ mod _core {
     };
     #[pymodule_export]
     use crate::cuda::{
-        CudaPlan, cuda_available, cuda_backward, cuda_cotangents, cuda_describable, cuda_forward,
-        cuda_info, cuda_losses, cuda_plan, cuda_warm_up,
+        CudaPlan, cuda_available, cuda_backward, cuda_cross_entropy_backward,
+        cuda_cross_entropy_forward, cuda_describable, cuda_forward, cuda_info, cuda_plan,
+        cuda_warm_up,
     };
     #[pymodule_export]
     use crate::plan::{Plan, plan};
