@@ -70,7 +70,7 @@ def offer(call: Call, weight: torch.Tensor, grad_buffer: torch.Tensor | None) ->
         or (call.softcap and "entropy" in call.core)
     ):
         return None
-    if call.grad_buffer is not None and not _CUDA.cuda_describable(torch_handle(call.grad_buffer)):
+    if grad_buffer is not None and not _CUDA.cuda_describable(torch_handle(grad_buffer)):
         return None  # products cannot add to it in place
     running = _running.get(weight.device.index)
     if _hooks is None or _hooks(False) is not None or (running is not None and running()):
