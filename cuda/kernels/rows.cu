@@ -9,8 +9,7 @@ using namespace logitless;
 
 namespace {
 
-
-
+constexpr int kLive = 1, kTakesPart = 2;  // bits of a row's flag: it has a cotangent; it is not ignored
 
 // An ignored row has targets, all of them padding.
 __device__ __forceinline__ bool is_ignored(const Targets& t, i64 row) {
@@ -59,22 +58,57 @@ extern "C" __global__ void __launch_bounds__(256) live_rows(const __grid_constan
   const i64 row = blockIdx.x * 256ll + threadIdx.x;
   float most = 0.f;
   if (row < p.total) {
-    if (!is_ignored(p.targets, row)) most = p.is_double ? largest_cotangent<double>(p, row) : largest_cotangent<float>(p, row);
-    p.live[row] = !(most == 0.f);
+    const bool part = !is_ignored(p.targets, row);
+    if (part) most = p.is_double ? largest_cotangent<double>(p, row) : largest_cotangent<float>(p, row);
+    p.live[row] = (part ? kTakesPart : 0) | (most == 0.f ? 0 : kLive);
   }
   most = block_largest(most);
   if (threadIdx.x == 0) p.block_max[blockIdx.x] = most;
 }
 
+namespace {
+
+constexpr int kRounds = 8, kPass = 1024 * kRounds;
+
+// A thread's first row of a pass: each warp takes 256 rows that follow one another.
+__device__ __forceinline__ i64 first_row(i64 pass) { return pass + threadIdx.x / 32 * (32 * kRounds) + (threadIdx.x & 31); }
+
+// Which of a thread's rows of a pass take part; bit i: row `first` + 32 i. All loads fly at once.
+__device__ __forceinline__ u32 flagged(const unsigned char* flags, int mask, i64 first, i64 total) {
+  const int left = (int)min(total - first, (i64)kPass);
+  unsigned char flag[kRounds];
+  u32 bits = 0;
+#pragma unroll
+  for (int i = 0; i < kRounds; i++) flag[i] = 32 * i < left ? flags[first + 32 * i] : 0;
+#pragma unroll
+  for (int i = 0; i < kRounds; i++) bits |= (flag[i] & mask ? 1u : 0u) << i;
+  return bits;
+}
+__device__ __forceinline__ u32 not_ignored(const Targets& t, i64 first, i64 total) {
+  const int left = (int)min(total - first, (i64)kPass);
+  u32 bits = 0;
+  if (t.columns == 1) {
+    i64 id[kRounds];
+#pragma unroll
+    for (int i = 0; i < kRounds; i++) id[i] = 32 * i < left ? t.ids[first + 32 * i] : t.ignore;
+#pragma unroll
+    for (int i = 0; i < kRounds; i++) bits |= (id[i] != t.ignore ? 1u : 0u) << i;
+    return bits;
+  }
+#pragma unroll 1
+  for (int i = 0; 32 * i < left && i < kRounds; i++) bits |= (is_ignored(t, first + 32 * i) ? 0u : 1u) << i;
+  return bits;
+}
+
 // Whether enough rows are live that all that were kept are taken again, the others with coefficients of 0. One block.
-__device__ bool takes_all(const SelectParams& p) {
+__device__ __forceinline__ bool takes_all(const SelectParams& p) {
   __shared__ int total[2][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   int live = 0, kept = 0;
-#pragma unroll 8
-  for (i64 row = threadIdx.x; row < p.total; row += 1024) {
-    live += p.live[row] != 0;
-    kept += !is_ignored(p.targets, row);
+#pragma unroll 1
+  for (i64 pass = 0; pass < p.total; pass += kPass) {
+    live += __popc(flagged(p.live, kLive, first_row(pass), p.total));
+    kept += __popc(flagged(p.live, kTakesPart, first_row(pass), p.total));
   }
   live = warp_sum(live);
   kept = warp_sum(kept);
@@ -86,76 +120,70 @@ __device__ bool takes_all(const SelectParams& p) {
   return warp_sum(total[0][lane]) >= p.least * warp_sum(total[1][lane]);
 }
 
-// One block of 1024: an exclusive scan of the flags, 8192 rows at a time. Eight loads fly at once: one at a time, the block
-// waits for memory and for itself after every 1024 rows.
-extern "C" __global__ void __launch_bounds__(1024) select_rows(const __grid_constant__ SelectParams p) {
-  constexpr int kRounds = 8, kWarps = 32;
-  __shared__ int before[kRounds * kWarps];  // live rows of the pass before this round and warp
-  __shared__ int all;
+// One warp: what the products of a backward are scaled by.
+__device__ void make_scalars(const SelectParams& p) {
+  const int lane = threadIdx.x;
+  if (lane >= 32) return;
+  const double scale = !p.scale_at ? p.scale : p.is_double ? *(const double*)p.scale_at : *(const float*)p.scale_at;
+  float most = 0.f;
+  in_batches<4>(lane, 32, (int)p.blocks, [&](int i) { return p.block_max[i]; },
+                [&](int, float x) { most = x > most || is_nan(x) ? x : most; });
+  most = warp_max(most);
+  // Nothing to normalise by: no cotangent at all, or one that is inf or nan and must stay so.
+  if (!(most > 0.f) || most == infinity()) most = 1.f;
+  const double g = most;
+  if (lane == 0) *p.scalars = {most, 1.f / most, (float)(g * scale), 0.f, g, 1. / g, g * scale, 0.};
+}
+
+}  // namespace
+
+// One block of 1024, 8192 rows a pass: a warp counts its 256, reads what the others counted, and writes. A second block,
+// where it is launched, makes the scalars.
+extern "C" __global__ void __launch_bounds__(1024, 1) select_rows(const __grid_constant__ SelectParams p) {
+  if (blockIdx.x == 1) return make_scalars(p);
+  __shared__ int counts[2][32];  // of this pass and of the one before, which a warp may still read
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   const bool all_kept = p.kept && takes_all(p);
-  int base = 0;
-  for (i64 first = 0; p.rows && first < p.total; first += 1024 * kRounds) {
-    bool live[kRounds];
+  int base = 0, turn = 0;
+#pragma unroll 1
+  for (i64 pass = 0; pass < p.total; pass += kPass, turn ^= 1) {
+    const i64 first = first_row(pass);
+    const u32 live = p.live ? flagged(p.live, all_kept ? kTakesPart : kLive, first, p.total) : not_ignored(p.targets, first, p.total);
     u32 votes[kRounds];
+    int mine = 0;
 #pragma unroll
     for (int i = 0; i < kRounds; i++) {
-      const i64 row = first + 1024 * i + threadIdx.x;
-      live[i] = row < p.total && (p.live && !all_kept ? p.live[row] != 0 : !is_ignored(p.targets, row));
+      votes[i] = __ballot_sync(kFullWarp, live >> i & 1);
+      mine += __popc(votes[i]);
     }
+    if (lane == 0) counts[turn][warp] = mine;
+    __syncthreads();  // every count is there; and the pass before last's have been read
+    int through = counts[turn][lane];
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+      const int other = __shfl_up_sync(kFullWarp, through, o);
+      through += lane >= o ? other : 0;
+    }
+    int slot = base + __shfl_sync(kFullWarp, through, warp) - mine;
+    base += __shfl_sync(kFullWarp, through, 31);
 #pragma unroll
     for (int i = 0; i < kRounds; i++) {
-      votes[i] = __ballot_sync(kFullWarp, live[i]);
-      if (lane == 0) before[kWarps * i + warp] = __popc(votes[i]);
+      const i64 row = first + 32 * i;
+      const int at = slot + __popc(votes[i] & ((1u << lane) - 1));
+      const bool listed = live >> i & 1;
+      if (row < p.total) p.slots[row] = listed ? at : -1;
+      if (listed) p.rows[at] = (int)row;
+      slot += __popc(votes[i]);
     }
-    __syncthreads();  // every count is there
-    if (warp == 0) {
-      int mine[kRounds], sum = 0;
-#pragma unroll
-      for (int i = 0; i < kRounds; i++) {
-        mine[i] = sum;
-        sum += before[kRounds * lane + i];
-      }
-      int through = sum;
-#pragma unroll
-      for (int o = 1; o < 32; o *= 2) {
-        const int other = __shfl_up_sync(kFullWarp, through, o);
-        through += lane >= o ? other : 0;
-      }
-#pragma unroll
-      for (int i = 0; i < kRounds; i++) before[kRounds * lane + i] = through - sum + mine[i];
-      if (lane == 31) all = through;
-    }
-    __syncthreads();  // every sum is there
-#pragma unroll
-    for (int i = 0; i < kRounds; i++) {
-      const i64 row = first + 1024 * i + threadIdx.x;
-      const int slot = base + before[kWarps * i + warp] + __popc(votes[i] & ((1u << lane) - 1));
-      if (row < p.total) p.slots[row] = live[i] ? slot : -1;
-      if (live[i]) p.rows[slot] = (int)row;
-    }
-    base += all;
-    __syncthreads();  // the next pass writes both again
   }
-  if (p.count && threadIdx.x == 0) *p.count = p.rows ? base : (int)p.total;
-  if (p.kept && threadIdx.x == 0) {
+  // Who asks for a row before the count is known finds one.
+#pragma unroll 1
+  for (i64 i = base + threadIdx.x; i < (p.total + 255) / 256 * 256; i += 1024) p.rows[i] = 0;
+  if (threadIdx.x) return;
+  *p.count = base;
+  if (p.kept) {
     *p.kept = all_kept ? base : -1;
     *p.again = all_kept ? -1 : base;
-  }
-  if (p.scalars && warp == 0) {
-    float most = 0.f;
-    for (i64 i = lane; i < p.blocks; i += 32) {
-      const float x = p.block_max[i];
-      most = x > most || is_nan(x) ? x : most;
-    }
-    most = warp_max(most);
-    // Nothing to normalise by: no cotangent at all, or one that is inf or nan and must stay so.
-    if (!(most > 0.f) || most == infinity()) most = 1.f;
-    if (lane == 0) {
-      const double g = most;
-      const double scale = !p.scale_at ? p.scale : p.is_double ? *(const double*)p.scale_at : *(const float*)p.scale_at;
-      *p.scalars = {most, 1.f / most, (float)(g * scale), 0.f, g, 1. / g, g * scale, 0.};
-    }
   }
 }
 
@@ -169,8 +197,8 @@ __device__ __forceinline__ void copy_row(T* out, const T* in, i64 stride, int fe
   int d = lane;
   if (stride == 1 && is_aligned(in) && is_aligned(out)) {
     const int whole = features / kPack;
-#pragma unroll 4
-    for (int i = lane; i < whole; i += 32) ((uint4*)out)[i] = __ldg((const uint4*)in + i);
+    in_batches<4>(lane, 32, whole, [&](int i) { return __ldg((const uint4*)in + i); },
+                  [&](int i, const uint4& x) { ((uint4*)out)[i] = x; });
     d += whole * kPack;
   }
   for (; d < pitch; d += 32) out[d] = d < features ? in[d * stride] : T{};
@@ -205,9 +233,7 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
   int d = first;
   if (p.target.feature_stride == 1 && is_aligned(out) && slot >= 0) {
     const int whole = p.features / 8;
-#pragma unroll 2
-    for (int i = first; i < whole; i += step) {
-      Pack<Acc> x = ((const Pack<Acc>*)in)[i];
+    in_batches<2>(first, step, whole, [&](int i) { return ((const Pack<Acc>*)in)[i]; }, [&](int i, Pack<Acc>& x) {
       for (int s = 1; s < p.slices; s++) {
         const Pack<Acc> more = ((const Pack<Acc>*)(in + s * p.slice))[i];
 #pragma unroll
@@ -218,7 +244,7 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
 #pragma unroll
       for (int j = 0; j < 8; j++) y.x[j] = sum(x.x[j], y.x[j]);
       ((Pack<T>*)out)[i] = y;
-    }
+    });
     d += whole * 8;
   }
   for (; d < p.features; d += step) {
@@ -243,58 +269,87 @@ extern "C" __global__ void __launch_bounds__(256) scatter_rows_f64_f64(const __g
 // -- target logits ----------------------------------------------------------------------------------------------------
 namespace {
 
-// One warp a (slot, column). Slots past the live rows fill the neutral reference. Where the products want live rows packed,
-// they are copied on the way.
+// One warp a (slot, column). Slots past the live rows fill the neutral reference. On the way live rows are packed, where the
+// products want that; ignored rows of the output become 0; and the list of blocks that a later kernel may add to is emptied.
+//
+// The row of the input, and where possible the list before it, is asked for before the class is known, whose row is next.
 template <class T>
 __device__ __forceinline__ void target_logits(const TargetParams& p) {
   using Acc = typename Element<T>::Acc;
+  constexpr int kPack = 16 / sizeof(T), kBatch = 4;
   const int columns = p.targets.columns, lane = threadIdx.x & 31;
   const i64 job = blockIdx.x * 8ll + threadIdx.x / 32;
-  const i64 slot = job / columns;
-  const int k = job - slot * columns, count = live_count(p.list);
-  if (p.packed && k == 0 && slot < zeroed_rows(count, p.padded)) {
-    const bool live = slot < count;
-    const T* in = live ? row_of<T>(p.input, row_at(p.list, (int)slot)) : nullptr;
-    copy_row((T*)p.packed + slot * p.pitch, in, p.input.feature_stride, live ? p.features : 0, p.pitch, lane);
-  }
+  const i64 slot = columns == 1 ? job : job / columns;
+  const int k = job - slot * columns;
+  if (slot >= p.padded) return;
+  const i64 row = row_at(p.list, (int)slot);
+  const int count = live_count(p.list);
+  const int listed = p.list.slots ? p.list.slots[min(slot, p.list.total - 1)] : 0;
+  if (p.gate && blockIdx.x == 0)
+#pragma unroll 1
+    for (int i = threadIdx.x; i < gate_length(p.list); i += 256) p.gate[i] = 0;
+  if (listed < 0 && lane == 0 && slot < p.list.total) ((Acc*)p.out)[job] = (Acc)0;
+  T* out = p.packed && k == 0 ? (T*)p.packed + slot * p.pitch : nullptr;
   if (slot >= count) {
-    if (lane == 0 && k == 0 && slot < p.padded) {
+    if (out && slot < zeroed_rows(count, p.padded)) copy_row<T>(out, nullptr, 1, 0, p.pitch, lane);
+    if (lane == 0 && k == 0) {
       if (p.reference) p.reference[slot] = infinity();
       if (p.target) p.target[slot] = -1;
     }
     return;
   }
-  const i64 row = row_at(p.list, slot), id = p.targets.ids[row * columns + k];
-  const bool padding = p.targets.has_ignore && id == p.targets.ignore;
-  Acc z = (Acc)0;
-  if (!padding && (id < 0 || id >= p.targets.classes)) {
-    z = not_a_number<Acc>();
-  } else if (!padding) {
-    const T* e = row_of<T>(p.input, row);
-    const T* w = (const T*)p.weight.data + id * p.weight.row_stride;
-    const i64 es = p.input.feature_stride, ws = p.weight.column_stride;
-    constexpr int kPack = 16 / sizeof(T);
-    int d = lane;
-    if (es == 1 && ws == 1 && (u64)e % 16 == 0 && (u64)w % 16 == 0) {
-      for (int i = lane; i < p.features / kPack; i += 32) {
-        const uint4 a = __ldg((const uint4*)e + i), b = __ldg((const uint4*)w + i);
-        const T* x = (const T*)&a;
-        const T* y = (const T*)&b;
+  const i64 id = p.targets.ids[row * columns + k];
+  const T* e = row_of<T>(p.input, row);
+  const i64 es = p.input.feature_stride, ws = p.weight.column_stride;
+  const bool wide = es == 1 && ws == 1 && is_aligned(e) && is_aligned(out) && is_aligned(p.weight.data) &&
+                    p.weight.row_stride % kPack == 0 && p.features >= kPack;
+  const int whole = wide ? p.features / kPack : 0, last = whole - 1;
+  uint4 a[kBatch];
+  if (wide) {
 #pragma unroll
-        for (int j = 0; j < kPack; j++) z += widen(x[j]) * widen(y[j]);
-      }
-      d += p.features / kPack * kPack;
+    for (int j = 0; j < kBatch; j++) a[j] = __ldg((const uint4*)e + min(lane + 32 * j, last));
+  }
+  const bool padding = p.targets.has_ignore && id == p.targets.ignore, valid = !padding && id >= 0 && id < p.targets.classes;
+  const T* w = (const T*)p.weight.data + id * p.weight.row_stride;  // not read without a class: then z is thrown away
+  Acc z = (Acc)0;
+#pragma unroll 1
+  for (int first = lane; first < whole; first += 32 * kBatch) {
+    const bool more = first - lane + 32 * kBatch < whole;
+    uint4 b[kBatch] = {};
+    if (valid) {
+#pragma unroll
+      for (int j = 0; j < kBatch; j++) b[j] = __ldg((const uint4*)w + min(first + 32 * j, last));
     }
-    for (; d < p.features; d += 32) z += widen(e[d * es]) * widen(w[d * ws]);
+#pragma unroll
+    for (int j = 0; j < kBatch; j++) {
+      const int i = first + 32 * j;
+      if (i < whole) {
+        if (out) ((uint4*)out)[i] = a[j];
+        const T* x = (const T*)&a[j];
+        const T* y = (const T*)&b[j];
+#pragma unroll
+        for (int c = 0; c < kPack; c++) z += widen(x[c]) * widen(y[c]);
+      }
+      if (more) a[j] = __ldg((const uint4*)e + min(i + 32 * kBatch, last));
+    }
+  }
+  for (int d = whole * kPack + lane; d < (out ? p.pitch : p.features); d += 32) {
+    const T x = d < p.features ? e[d * es] : T{};
+    if (out) out[d] = x;
+    if (valid && d < p.features) z += widen(x) * widen(w[d * ws]);
+  }
+  z = warp_sum(z);
+  if (lane != 0) return;
+  if (valid) {
     const Acc bias = p.bias.data ? load_any<Acc>(p.bias.data, (int)p.bias.dtype, id * p.bias.row_stride) : (Acc)0;
     const Acc scale = p.scale_at ? *(const Acc*)p.scale_at : (Acc)p.scale;
-    z = logit_map(warp_sum(z), scale, bias, (Acc)p.softcap);
+    z = logit_map(z, scale, bias, (Acc)p.softcap);
+  } else {
+    z = padding ? (Acc)0 : not_a_number<Acc>();
   }
-  if (lane == 0) {
-    ((Acc*)p.out)[row * columns + k] = z;
-    if (p.reference) p.reference[slot] = (float)z;
-    if (p.target) p.target[slot] = padding || id < 0 || id >= p.targets.classes ? -1 : (int)id;
-  }
+  ((Acc*)p.out)[row * columns + k] = z;
+  if (p.reference) p.reference[slot] = (float)z;
+  if (p.target) p.target[slot] = valid ? (int)id : -1;
 }
 
 }  // namespace
@@ -307,9 +362,9 @@ extern "C" __global__ void __launch_bounds__(256) target_logits_f64(const __grid
 // -- partials to outputs ----------------------------------------------------------------------------------------------
 namespace {
 
-// Block = 32 rows x kSlices slices of the tiles. A slice is folded in order, then the slices of a row in order. Four tiles
-// are loaded before the first is merged: the merges are short chains and would wait for memory one by one.
-template <class Partial, int kSlices>
+// Block = 32 rows x kSlices slices of the tiles. A slice is folded in order, kBatch tiles asked for before the first is
+// merged: the merges are short chains and would wait for memory one by one. Then neighbouring slices, in a tree.
+template <class Partial, int kSlices, int kBatch>
 __device__ __forceinline__ void finish(const FinishParams& p) {
   __shared__ __align__(16) unsigned char bytes[kSlices * 32 * sizeof(Partial)];
   Partial* shared = (Partial*)bytes;
@@ -325,27 +380,23 @@ __device__ __forceinline__ void finish(const FinishParams& p) {
       return Partial::load(p, p.part + (i64)tile * p.ld_row + slot, (int)min((i64)p.tile_columns, chunk_end - in_chunk));
     };
     const int per = (p.tiles + kSlices - 1) / kSlices, end = min(p.tiles, (slice + 1) * per);
-    int tile = slice * per;
-    for (; tile + 4 <= end; tile += 4) {
-      const Partial next[4] = {load(tile), load(tile + 1), load(tile + 2), load(tile + 3)};
-#pragma unroll
-      for (int i = 0; i < 4; i++) state.merge(next[i]);
-    }
-    for (; tile < end; tile++) state.merge(load(tile));
+    in_batches<kBatch>(slice * per, 1, end, load, [&](int, const Partial& next) { state.merge(next); });
   }
-  shared[threadIdx.x] = state;
-  __syncthreads();
-  if (slice != 0 || row >= p.list.total) return;
-  for (int i = 1; i < kSlices; i++) state.merge(shared[32 * i + lane]);
-  state.finish(p, row, slot);
+#pragma unroll
+  for (int step = 1; step < kSlices; step *= 2) {
+    if (slice % (2 * step) == step) shared[threadIdx.x] = state;
+    __syncthreads();  // the right-hand slices are there
+    if (slice % (2 * step) == 0) state.merge(shared[threadIdx.x + 32 * step]);
+  }
+  if (slice == 0 && row < p.list.total) state.finish(p, row, slot);
 }
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(512) finish_online(const __grid_constant__ FinishParams p) { finish<OnlinePartial, 16>(p); }
-extern "C" __global__ void __launch_bounds__(512) finish_fixed(const __grid_constant__ FinishParams p) { finish<FixedPartial, 16>(p); }
-extern "C" __global__ void __launch_bounds__(512) finish_fixed_moment(const __grid_constant__ FinishParams p) { finish<FixedMomentPartial, 16>(p); }
-extern "C" __global__ void __launch_bounds__(256) finish_full(const __grid_constant__ FinishParams p) { finish<FullPartial, 8>(p); }
+extern "C" __global__ void __launch_bounds__(512) finish_online(const __grid_constant__ FinishParams p) { finish<OnlinePartial, 16, 8>(p); }
+extern "C" __global__ void __launch_bounds__(512) finish_fixed(const __grid_constant__ FinishParams p) { finish<FixedPartial, 16, 8>(p); }
+extern "C" __global__ void __launch_bounds__(512) finish_fixed_moment(const __grid_constant__ FinishParams p) { finish<FixedMomentPartial, 16, 8>(p); }
+extern "C" __global__ void __launch_bounds__(256) finish_full(const __grid_constant__ FinishParams p) { finish<FullPartial, 8, 4>(p); }
 
 // -- coefficients of the gradient tile --------------------------------------------------------------------------------
 // dz = r (a + b t) + c + d z off the target, with t = z - rest and r = exp(t); at the target c + d z + e.

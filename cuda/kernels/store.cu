@@ -19,30 +19,7 @@ __device__ __forceinline__ float softcap_slope(const float* logits, i64 row, flo
 
 }  // namespace
 
-// One block of 256: flagged blocks in ascending order.
-extern "C" __global__ void __launch_bounds__(256) gate_blocks(const __grid_constant__ GateParams p) {
-  __shared__ int warp_total[8];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  int base = 0;
-  for (i64 first = 0; first < p.blocks; first += 256) {
-    const i64 block = first + threadIdx.x;
-    const bool flagged = block < p.blocks && p.flags[block] != 0;
-    const u32 votes = __ballot_sync(kFullWarp, flagged);
-    if (lane == 0) warp_total[warp] = __popc(votes);
-    __syncthreads();
-    int before = 0, all = 0;
-    for (int w = 0; w < 8; w++) {
-      before += w < warp ? warp_total[w] : 0;
-      all += warp_total[w];
-    }
-    if (flagged) p.gate[1 + base + before + __popc(votes & ((1u << lane) - 1))] = (int)block;
-    base += all;
-    __syncthreads();
-  }
-  if (threadIdx.x == 0) p.gate[0] = base;
-}
-
-// One block a flagged block of 256 slots, one thread a slot.
+// One block a listed block of 256 slots, one thread a slot.
 extern "C" __global__ void __launch_bounds__(256) finish_repair(const __grid_constant__ RepairParams p) {
   if ((int)blockIdx.x >= p.gate[0]) return;
   const int slot = p.gate[1 + blockIdx.x] * 256 + threadIdx.x;
@@ -128,78 +105,101 @@ extern "C" __global__ void __launch_bounds__(256) stored_gradient_bf16(const __g
   else stored_gradient<false>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(256) store_factors(const __grid_constant__ FactorParams p) {
-  const int slot = blockIdx.x * 256 + threadIdx.x;
-  if (slot >= p.padded) return;
-  float factor = 0.f, at_target = 0.f, ratio = 0.f, passed = 0.f;
-  if (slot < live_count(p.list)) {
-    const i64 row = row_at(p.list, slot), id = p.targets.ids[row];
-    const float g = p.g_rest ? p.g_rest[row] : 0.f, reference = p.reference[slot];
-    const bool valid = id >= 0 && id < p.targets.classes;
-    factor = g == 0.f ? 0.f : reference == infinity() ? 0.f : g * expf(reference - p.rest[row]);
-    at_target = p.g_target && valid ? p.g_target[row] : 0.f;
-    if (at_target != 0.f) at_target *= softcap_slope(p.logits, row, p.softcap);
-    if (!valid) factor = not_a_number<float>();  // out of range (padding is not live): the row is nan, like its loss
-    passed = factor;
-    // X spans e^+-60 around the reference: past a ratio of e^80 the row's own part of dW is below the last digit.
-    const float largest = 5e34f;
-    if (fabsf(at_target) > largest * fabsf(factor)) passed = at_target / largest;
-    ratio = at_target == 0.f ? 0.f : at_target / passed;
-  }
-  p.factor[slot] = passed;
-  const float scale = p.scale_at ? *p.scale_at : p.scale;
-  p.input_factor[slot] = scale * factor;
-  p.target_factor[slot] = scale * at_target;
-  p.ratio[slot] = ratio;
+// -- operands of the backward -------------------------------------------------------------------------------------------
+namespace {
+
+// What a row of X stands for.
+struct RowFactors {
+  float factor;     // times X: its gradient of the logits off the target
+  float passed;     // the same, but for a target that dwarfs it: the input's factor in dW
+  float at_target;  // gradient of the target's logit
+  float ratio;      // at_target / passed: the target as an entry of X
+};
+
+__device__ __forceinline__ RowFactors factors_of(const FactorParams& p, int slot) {
+  const i64 row = row_at(p.list, slot), id = p.targets.ids[row];
+  const float g = p.g_rest ? p.g_rest[row] : 0.f, reference = p.reference[slot], rest = p.rest[row];
+  const bool valid = id >= 0 && id < p.targets.classes;
+  RowFactors f;
+  f.factor = g == 0.f || reference == infinity() ? 0.f : g * expf(reference - rest);
+  f.at_target = p.g_target && valid ? p.g_target[row] : 0.f;
+  if (f.at_target != 0.f) f.at_target *= softcap_slope(p.logits, row, p.softcap);
+  if (!valid) f.factor = not_a_number<float>();  // out of range (padding is not live): the row is nan, like its loss
+  // X spans e^+-60 around the reference: past a ratio of e^80 the row's own part of dW is below the last digit.
+  constexpr float kLargest = 5e34f;
+  f.passed = fabsf(f.at_target) > kLargest * fabsf(f.factor) ? f.at_target / kLargest : f.factor;
+  f.ratio = f.at_target == 0.f ? 0.f : f.at_target / f.passed;
+  return f;
 }
 
-// One warp a packed row.
-extern "C" __global__ void __launch_bounds__(256) scale_rows_bf16(const __grid_constant__ ScaleParams p) {
-  const GatherParams& g = p.gather;
-  const int slot = (int)row_of_warp(), lane = threadIdx.x & 31, count = live_count(g.list);
-  if (slot >= zeroed_rows(count, g.padded)) return;
+// One warp a slot: its factors, and its row of the input times them. The row is asked for first.
+__device__ __forceinline__ void scale_row(const StoredOperandsParams& p, int slot) {
+  constexpr int kBatch = 4;
+  const FactorParams& f = p.factors;
+  const GatherParams& g = p.scaled;
+  const int lane = threadIdx.x & 31, count = live_count(f.list);
   bf16* out = (bf16*)g.packed + slot * g.pitch;
   if (slot >= count) {
-    for (int d = lane; d < g.pitch; d += 32) out[d].bits = 0;
+    if (slot < zeroed_rows(count, g.padded))
+      for (int d = lane; d < g.pitch; d += 32) out[d].bits = 0;
+    if (lane == 0 && slot < f.padded) f.factor[slot] = f.input_factor[slot] = f.target_factor[slot] = f.ratio[slot] = 0.f;
     return;
   }
-  const bf16* in = row_of<bf16>(g.source, row_at(g.list, slot));
-  const float factor = (p.scale_at ? *p.scale_at : p.scale) * p.factor[slot];
-  int d = lane;
-  if (g.source.feature_stride == 1 && is_aligned(in) && is_aligned(out)) {
-    const int whole = g.features / 8;
-#pragma unroll 4
-    for (int i = lane; i < whole; i += 32) {
-      Pack<bf16> v = ((const Pack<bf16>*)in)[i];
+  const bf16* in = row_of<bf16>(g.source, row_at(f.list, slot));
+  const bool wide = g.source.feature_stride == 1 && is_aligned(in) && is_aligned(out) && g.features >= 8;
+  const int whole = wide ? g.features / 8 : 0, last = whole - 1;
+  Pack<bf16> x[kBatch];
+  if (wide) {
 #pragma unroll
-      for (int j = 0; j < 8; j++) v.x[j] = Element<bf16>::from(factor * widen(v.x[j]));
-      ((Pack<bf16>*)out)[i] = v;
-    }
-    d += whole * 8;
+    for (int j = 0; j < kBatch; j++) x[j] = ((const Pack<bf16>*)in)[min(lane + 32 * j, last)];
   }
-  for (; d < g.pitch; d += 32)
+  const RowFactors row = factors_of(f, slot);
+  const float scale = f.scale_at ? *f.scale_at : f.scale, factor = scale * row.passed;
+  if (lane == 0) {
+    f.factor[slot] = row.passed;
+    f.input_factor[slot] = scale * row.factor;
+    f.target_factor[slot] = scale * row.at_target;
+    f.ratio[slot] = row.ratio;
+  }
+#pragma unroll 1
+  for (int first = lane; first < whole; first += 32 * kBatch) {
+    const bool more = first - lane + 32 * kBatch < whole;
+#pragma unroll
+    for (int j = 0; j < kBatch; j++) {
+      const int i = first + 32 * j;
+      Pack<bf16> y;
+#pragma unroll
+      for (int c = 0; c < 8; c++) y.x[c] = Element<bf16>::from(factor * widen(x[j].x[c]));
+      if (i < whole) ((Pack<bf16>*)out)[i] = y;
+      if (more) x[j] = ((const Pack<bf16>*)in)[min(i + 32 * kBatch, last)];
+    }
+  }
+  for (int d = 8 * whole + lane; d < g.pitch; d += 32)
     out[d] = d < g.features ? Element<bf16>::from(factor * widen(in[d * g.source.feature_stride])) : bf16{0};
 }
 
 // A block makes the lists of 512 classes: its warps count their shares of the slots, and write them where the counts say.
-// Integer counts only, and every warp goes through its share in order: the same lists every time. 17 KB of shared memory.
-extern "C" __global__ void __launch_bounds__(256) list_targets(const __grid_constant__ ListTargetsParams p) {
-  constexpr int kClasses = 512, kWarps = 8;
+// Integer counts only, and every warp goes through its share in order: the same lists every time. Targets are read 16
+// at a time, for one by one the block would wait for the L2 at every 32 slots; values are made of the cotangents at the
+// end, a thread an entry. 17 KB of shared memory.
+__device__ __forceinline__ void list_targets(const StoredOperandsParams& p, int block) {
+  constexpr int kClasses = 512, kWarps = 8, kBatch = 16;
   __shared__ int cursor[kWarps][kClasses];  // counts, then where the warp's next entry of the class goes
   __shared__ int lower[kWarps], warp_total[kWarps];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, low = blockIdx.x * kClasses;
-  const int count = live_count(p.list), share = (count + 32 * kWarps - 1) / (32 * kWarps) * 32;
+  const ListTargetsParams& l = p.lists;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, low = block * kClasses;
+  const int count = max(live_count(p.factors.list), 0), share = (count + 32 * kWarps - 1) / (32 * kWarps) * 32;
   const int begin = min(warp * share, count), end = min(begin + share, count);
-  for (int i = threadIdx.x; i < kWarps * kClasses; i += 256) (&cursor[0][0])[i] = 0;
-  __syncthreads();  // zeros before counts
+#pragma unroll
+  for (int i = 0; i < kClasses / 32; i++) cursor[warp][32 * i + lane] = 0;
+  __syncwarp();  // zeros before counts, which are the warp's own
 
   int before = 0;
-#pragma unroll 4
-  for (int i = begin + lane; i < end; i += 32) {
-    const int t = p.target[i];
-    if (t >= low && t < low + kClasses) atomicAdd(&cursor[warp][t - low], 1);
-    before += t >= 0 && t < low;
-  }
+  auto target = [&](int i) { return l.target[i]; };
+  in_batches<kBatch>(begin + lane, 32, end, target, [&](int, int t) {
+    if (u32(t - low) < kClasses) atomicAdd(&cursor[warp][t - low], 1);
+    before += u32(t) < u32(low);  // not -1, which is none
+  });
   before = warp_sum(before);
   if (lane == 0) lower[warp] = before;
   __syncthreads();  // every warp's counts
@@ -216,12 +216,17 @@ extern "C" __global__ void __launch_bounds__(256) list_targets(const __grid_cons
   }
   if (lane == 31) warp_total[warp] = through;
   __syncthreads();  // every warp's total
+  int first_entry = 0, entries = 0;
   int at = through - both[0] - both[1];
-  for (int w = 0; w < kWarps; w++) at += lower[w] + (w < warp ? warp_total[w] : 0);
+  for (int w = 0; w < kWarps; w++) {
+    first_entry += lower[w];
+    entries += warp_total[w];
+    at += lower[w] + (w < warp ? warp_total[w] : 0);
+  }
 #pragma unroll
   for (int c = 0; c < 2; c++) {
     const int i = 2 * threadIdx.x + c;
-    if (low + i <= p.classes) p.start[low + i] = at;  // one past the last class: the end of its list
+    if (low + i <= l.classes) l.start[low + i] = at;  // one past the last class: the end of its list
     for (int w = 0; w < kWarps; w++) {
       const int mine = cursor[w][i];
       cursor[w][i] = at;
@@ -230,23 +235,46 @@ extern "C" __global__ void __launch_bounds__(256) list_targets(const __grid_cons
   }
   __syncthreads();  // every cursor
 
-  for (int first = begin; first < end; first += 32) {
-    const int i = first + lane, t = i < end ? p.target[i] : -1;
-    const bool mine = t >= low && t < low + kClasses;
-    const u32 any = __ballot_sync(kFullWarp, mine);
-    if (!any) continue;
-    const u32 same = __match_any_sync(kFullWarp, mine ? t : -1);
-    const int rank = __popc(same & ((1u << lane) - 1));
-    int to = 0;
-    if (mine) to = cursor[warp][t - low] + rank;
-    __syncwarp();  // read before the first of the equals moves it
-    if (mine && rank == 0) cursor[warp][t - low] += __popc(same);
-    __syncwarp();  // moved before the next 32
-    if (mine) {
-      p.rows[to] = p.by_slot ? i : (int)row_at(p.list, i);
-      p.values[to] = p.value[i];
+#pragma unroll 1
+  for (int first = begin; first < end; first += 32 * kBatch) {
+    int targets[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; j++) targets[j] = target(min(first + 32 * j + lane, end - 1));
+#pragma unroll
+    for (int j = 0; j < kBatch; j++) {
+      const int i = first + 32 * j + lane, t = i < end ? targets[j] : -1;
+      const bool mine = u32(t - low) < kClasses;
+      if (!__ballot_sync(kFullWarp, mine)) continue;
+      const u32 same = __match_any_sync(kFullWarp, mine ? t : -1);
+      const int rank = __popc(same & ((1u << lane) - 1));
+      int to = 0;
+      if (mine) to = cursor[warp][t - low] + rank;
+      __syncwarp();  // read before the first of the equals moves it
+      if (mine && rank == 0) cursor[warp][t - low] += __popc(same);
+      __syncwarp();  // moved before the next 32
+      if (mine) l.rows[to] = i;
     }
   }
+  __syncthreads();  // every slot of the block's entries
+
+  const float scale = p.factors.scale_at ? *p.factors.scale_at : p.factors.scale;
+#pragma unroll 1
+  for (int e = first_entry + threadIdx.x; e < first_entry + entries; e += 256) {
+    const int slot = l.rows[e];
+    const RowFactors f = factors_of(p.factors, slot);
+    l.values[e] = l.by_slot ? f.ratio : scale * f.at_target;
+    if (!l.by_slot) l.rows[e] = (int)row_at(p.factors.list, slot);
+  }
+}
+
+}  // namespace
+
+// What the backward's products read beside X. Two roles in one launch, for neither fills the device: the first blocks list
+// the slots by class, the others take a row a warp.
+extern "C" __global__ void __launch_bounds__(256) stored_operands_bf16(const __grid_constant__ StoredOperandsParams p) {
+  const int block = (int)blockIdx.x - p.list_blocks;
+  if (block < 0) list_targets(p, blockIdx.x);
+  else scale_row(p, block * 8 + (int)threadIdx.x / 32);
 }
 
 namespace {
@@ -263,15 +291,13 @@ __device__ __forceinline__ void unpack(const UnpackParams& p) {
   int d = lane;
   if (p.target.feature_stride == 1 && is_aligned(out) && slot >= 0) {
     const int whole = p.features / 8;
-#pragma unroll 4
-    for (int i = lane; i < whole; i += 32) {
-      const Pack<bf16> x = ((const Pack<bf16>*)in)[i];
+    in_batches<4>(lane, 32, whole, [&](int i) { return ((const Pack<bf16>*)in)[i]; }, [&](int i, const Pack<bf16>& x) {
       Pack<T> y = {};
       if (p.accumulate) y = ((const Pack<T>*)out)[i];
 #pragma unroll
       for (int j = 0; j < 8; j++) y.x[j] = sum(widen(x.x[j]), y.x[j]);
       ((Pack<T>*)out)[i] = y;
-    }
+    });
     d += whole * 8;
   }
   for (; d < p.features; d += 32) {

@@ -90,6 +90,23 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
+// -- memory ---------------------------------------------------------------------------------------------------------------
+// load(i), then use(i, x), for i = first, first + step ... below end, kBatch loads in flight: a loop that uses one before it
+// asks for the next waits for memory every time, and an unrolled one does so for what is left over. Past the end the last
+// one is asked for again, which costs less than a branch between loads.
+template <int kBatch, class Load, class Use>
+__device__ __forceinline__ void in_batches(int first, int step, int end, Load&& load, Use&& use) {
+#pragma unroll 1
+  for (; first < end; first += kBatch * step) {
+    decltype(load(0)) x[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) x[i] = load(min(first + i * step, end - 1));
+#pragma unroll
+    for (int i = 0; i < kBatch; i++)
+      if (first + i * step < end) use(first + i * step, x[i]);
+  }
+}
+
 // -- logits ---------------------------------------------------------------------------------------------------------------
 // z = softcap tanh((scale dot + bias) / softcap); softcap 0 means none.
 __device__ __forceinline__ float logit_map(float dot, float scale, float bias, float softcap) {
@@ -108,10 +125,14 @@ __device__ __forceinline__ i64 row_at(const RowList& list, int slot) { return li
 // Slots that a packed buffer defines: the live ones, and zeros to the end of their block of 256 rows, which products read.
 __device__ __forceinline__ int zeroed_rows(int count, int padded) { return min(padded, (count + 255) / 256 * 256); }
 
-// Row i of a view.
+// Ints of a list of blocks of 256 slots: their number, their indices, a flag for each block.
+__device__ __forceinline__ int gate_length(const RowList& list) { return 1 + 2 * (int)((list.total + 255) / 256); }
+
+// Row i of a view. Rows are counted in 31 bits: a division of 64 would take longer than a load.
 template <class T>
 __device__ __forceinline__ const T* row_of(const RowView& v, i64 i) {
-  return (const T*)v.data + (i / v.inner) * v.outer_stride + (i % v.inner) * v.inner_stride;
+  const u32 inner = (u32)v.inner, outer = (u32)i / inner;
+  return (const T*)v.data + outer * v.outer_stride + ((u32)i - outer * inner) * v.inner_stride;
 }
 
 // Row kernels that only move give a row to each warp of their blocks of 256: a block a row is mostly idle below 2048

@@ -96,7 +96,7 @@ struct Targets {
 struct LiveParams {
   Fields grad;
   Targets targets;
-  unsigned char* live;   // (N)
+  unsigned char* live;   // (N) bits: 1 it has a cotangent, 2 it is not ignored
   float* block_max;      // (blocks)
   i64 total;
   int powers, vectors, topk, is_double;
@@ -111,15 +111,15 @@ struct Scalars {
 };
 static_assert(sizeof(Scalars) == 48, "mirror rust/gpu/src/params");
 
-// select_rows: live rows in front, in order; one block.
+// select_rows: live rows in front, in order; one block, and one more for the scalars.
 struct SelectParams {
   Targets targets;
-  const unsigned char* live;  // (N) or null: rows that are not ignored
+  const unsigned char* live;  // (N) live_rows' flags, or null: rows that are not ignored
   const float* block_max;     // or null
-  int* rows;                  // (round_up(N, 256)), or null
-  int* slots;                 // (N), or null
+  int* rows;                  // (round_up(N, 256))
+  int* slots;                 // (N)
   int* count;
-  Scalars* scalars;           // or null
+  Scalars* scalars;           // of the second block
   i64 total;
   i64 blocks;                 // of block_max
   double scale;
@@ -169,10 +169,11 @@ struct TargetParams {
   const void* scale_at;  // device: logit_scale in accumulators; null: `scale`
   void* packed;      // null, or what gather_rows would make of the list
   i64 pitch;         // its elements a row
+  int* gate;         // null, or the list that finish_fixed will add to: made empty
   int features;
   int padded;        // entries of reference and target
 };
-static_assert(sizeof(TargetParams) == 240, "mirror rust/gpu/src/params");
+static_assert(sizeof(TargetParams) == 248, "mirror rust/gpu/src/params");
 
 // finish_online, finish_fixed, finish_full: partials of the class tiles to outputs, in a fixed order.
 struct FinishParams {
@@ -187,7 +188,8 @@ struct FinishParams {
   int planes;              // finish_online: 2 rest, 3 and entropy
   int chunk_columns;       // classes a launch: tiles restart there
   int chunk_tiles;         // tiles a launch
-  int* flags;              // finish_fixed: (ceil(N / 256)), set where the reference is out of a row's range
+  int* gate;               // finish_fixed: null, or the blocks of 256 slots with a row that its reference does not reach:
+                           // their number, their indices (ceil(N / 256)), and a flag for each block
 };
 static_assert(sizeof(FinishParams) == 216, "mirror rust/gpu/src/params");
 
@@ -269,14 +271,6 @@ static_assert(sizeof(WidenParams) == 56, "mirror rust/gpu/src/params");
 // -- store.cu --------------------------------------------------------------------------------------------------------
 // The stored mode keeps X = bf16(e^(z - reference)), 0 at the target, from the forward to the backward.
 
-// gate_blocks: indices of the flagged blocks of 256 slots, their number in front; one block.
-struct GateParams {
-  const int* flags;
-  int* gate;
-  i64 blocks;
-};
-static_assert(sizeof(GateParams) == 24, "mirror rust/gpu/src/params");
-
 // finish_repair: rows of flagged blocks from online planes; a reference out of range becomes the row's rest.
 struct RepairParams {
   RowList list;
@@ -289,7 +283,7 @@ struct RepairParams {
 };
 static_assert(sizeof(RepairParams) == 80, "mirror rust/gpu/src/params");
 
-// store_factors: what rows of X stand for, from the cotangents.
+// What rows of X stand for, from the cotangents.
 struct FactorParams {
   RowList list;
   Targets targets;
@@ -300,32 +294,30 @@ struct FactorParams {
   float *ratio;                           // g_target / factor: the target as an entry of X
   const float* scale_at;
   float scale, softcap;
-  int padded, reserved;
+  int padded, reserved;                   // entries of the four
 };
 static_assert(sizeof(FactorParams) == 160, "mirror rust/gpu/src/params");
 
-// scale_rows: packed rows of the input times a factor, zero-filled like gather_rows.
-struct ScaleParams {
-  GatherParams gather;
-  const float* factor;   // (slots), times `scale`
-  const float* scale_at;
-  float scale;
-  int reserved;
-};
-static_assert(sizeof(ScaleParams) == 120, "mirror rust/gpu/src/params");
-
-// list_targets: the slots by the class of their target, ascending within a class, for the epilogue of dW.
+// The slots by the class of their target, ascending within a class, for the epilogue of dW.
 struct ListTargetsParams {
-  RowList list;
   const int* target;     // (slots), -1 for none
-  const float* value;    // (slots)
   int* start;            // (classes + 1) where each class begins in the lists
   int* rows;             // (slots) its rows: those of the caller's input, or slots
-  float* values;         // (slots)
+  float* values;         // (slots) target_factor of a row, or ratio of a slot
   int classes;
   int by_slot;
 };
-static_assert(sizeof(ListTargetsParams) == 80, "mirror rust/gpu/src/params");
+static_assert(sizeof(ListTargetsParams) == 40, "mirror rust/gpu/src/params");
+
+// stored_operands: what the products of a stored backward read beside X.
+struct StoredOperandsParams {
+  FactorParams factors;
+  GatherParams scaled;     // rows of the input times `factor` and logit_scale, zero-filled like gather_rows; of the same list
+  ListTargetsParams lists;
+  int list_blocks;         // ceil((classes + 1) / 512), before those of the rows; 0: no lists
+  int reserved;
+};
+static_assert(sizeof(StoredOperandsParams) == 304, "mirror rust/gpu/src/params");
 
 // merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes; and the entropy.
 struct MergeRestParams {

@@ -330,7 +330,7 @@ impl Backward<'_> {
         // SAFETY: buffers of the layout.
         unsafe {
             call.stream.launch("live_rows", (blocks, 1), 256, 0, &live)?;
-            call.stream.launch("select_rows", (1, 1), 1024, 0, &select)
+            call.stream.launch("select_rows", (select.blocks(), 1), 1024, 0, &select)
         }
     }
 

@@ -225,7 +225,8 @@ impl<'a> Call<'a> {
     }
 
     /// Logits of the target classes, to `out` (N, K); the first column also to the lists of slots.
-    /// `pack`: 0, or where live rows are packed as by [`Call::gather`].
+    /// `pack`: 0, or where live rows are packed as by [`Call::gather`]. `gate`: 0, or the list of blocks of
+    /// rows that a finish will add to, which is made empty. Ignored rows of `out` become 0.
     pub unsafe fn target_logits(
         &self,
         list: RowList,
@@ -233,6 +234,7 @@ impl<'a> Call<'a> {
         reference: usize,
         target: usize,
         pack: usize,
+        gate: usize,
     ) -> Result<()> {
         let targets = self.targets();
         let slots = padded(self.rows);
@@ -250,6 +252,7 @@ impl<'a> Call<'a> {
             scale_at: self.scale_at,
             packed: pack,
             pitch: pitch(self.features, self.dtype) as i64,
+            gate,
             features: self.features as i32,
             padded: slots as i32,
         };

@@ -138,11 +138,6 @@ impl Forward<'_> {
     unsafe fn targets(&self, list: RowList, pack: usize) -> Result<()> {
         let call = self.call;
         let mut out = self.fields().target;
-        if list.slots != 0 && out != 0 {
-            let bytes = call.rows * call.spec.targets() * call.acc.size();
-            // SAFETY: the output has that many bytes.
-            unsafe { call.stream.zero(out, bytes)? };
-        }
         if out == 0 {
             // Not asked for; the classes are. The partials' buffer takes the logits of one column.
             out = self.layout.part;
@@ -150,7 +145,7 @@ impl Forward<'_> {
         let fused = self.g.path != Path::Tiled;
         let lists = if fused { (self.layout.reference, self.layout.target) } else { (0, 0) };
         // SAFETY: buffers of the layout.
-        unsafe { call.target_logits(list, out, lists.0, lists.1, pack) }
+        unsafe { call.target_logits(list, out, lists.0, lists.1, pack, 0) }
     }
 
     /// Partials from the epilogue of E Wᵀ, then their fold.
@@ -208,7 +203,7 @@ impl Forward<'_> {
             planes: planes as i32,
             chunk_columns: width as i32,
             chunk_tiles: chunk_tiles as i32,
-            flags: 0,
+            gate: 0,
         };
         let (name, block) = if planes == 7 { ("finish_full", 256) } else { ("finish_online", 512) };
         // SAFETY: outputs checked, buffers of the layout.
@@ -282,7 +277,7 @@ pub(crate) unsafe fn select(
                 total: call.rows as i64,
                 ..params::Select::default()
             };
-            call.stream.launch("select_rows", (1, 1), 1024, 0, &select)?;
+            call.stream.launch("select_rows", (select.blocks(), 1), 1024, 0, &select)?;
         }
         if !later {
             call.gather(list, packed, padded(call.rows))?;

@@ -55,7 +55,7 @@ struct Layout {
     /// The target's logits, where they are not an output.
     logits: usize,
     part: usize,
-    flags: usize,
+    /// Blocks of rows to run again: their number, their indices, a flag for each block.
     gate: usize,
     /// Sums of each slice of the classes; nothing where there is one.
     slices: usize,
@@ -75,8 +75,7 @@ impl Layout {
             target: arena.take("targets", F32 * rows),
             logits: arena.take("targets", F32 * rows),
             part: arena.take("partials", plane),
-            flags: arena.take("repair", F32 * blocks),
-            gate: arena.take("repair", F32 * (blocks + 1)),
+            gate: arena.take("repair", F32 * (1 + 2 * blocks)),
             slices: arena
                 .take("input sums", if g.slices > 1 { g.slices * g.sums_bytes() } else { 0 }),
             x: arena.take("exponentials", x_bytes),
@@ -177,12 +176,8 @@ pub(crate) unsafe fn forward(
     unsafe {
         let (list, input, pack) = select(call, store.list, layout.packed, true)?;
         let bias = call.widen_bias(layout.bias)?;
-        if list.slots != 0 && out.target != 0 {
-            call.stream.zero(out.target, call.rows * F32)?;
-        }
         let logits = if out.target == 0 { layout.logits } else { out.target };
-        call.target_logits(list, logits, store.reference, layout.target, pack)?;
-        call.stream.zero(layout.flags, F32 * call.rows.div_ceil(256))?;
+        call.target_logits(list, logits, store.reference, layout.target, pack, layout.gate)?;
         let run = Forward { call, g, store, layout, list, input, bias, rest: out.rest };
         run.accumulate(0)?;
         run.finish()?;
@@ -281,7 +276,7 @@ impl Forward<'_> {
         Ok(())
     }
 
-    /// Rests from the sums of exponentials; flags the blocks with a row out of range.
+    /// Rests from the sums of exponentials; lists the blocks with a row out of range.
     unsafe fn finish(&self) -> Result<()> {
         let (call, layout) = (self.call, &self.layout);
         let params = params::Finish {
@@ -297,17 +292,16 @@ impl Forward<'_> {
             planes: 1,
             chunk_columns: call.classes as i32,
             chunk_tiles: self.tiles() as i32,
-            flags: layout.flags,
+            gate: layout.gate,
         };
         // SAFETY: outputs checked, buffers of the layouts.
         unsafe { call.stream.launch("finish_fixed", (call.rows.div_ceil(32), 1), 512, 0, &params) }
     }
 
-    /// Runs flagged blocks again: the rest with running maxima, then the sums against that.
+    /// Runs listed blocks again: the rest with running maxima, then the sums against that.
     unsafe fn repair(&self) -> Result<()> {
         let (call, layout) = (self.call, &self.layout);
         let blocks = call.rows.div_ceil(256);
-        let gate = params::Gate { flags: layout.flags, gate: layout.gate, blocks: blocks as i64 };
         // The sums have been taken from X; its memory holds maxima and sums of all classes.
         let online =
             params::Gemm { gate: layout.gate, part: layout.x, ..self.logits(0, call.classes) };
@@ -323,7 +317,6 @@ impl Forward<'_> {
         };
         // SAFETY: operands checked, buffers of the layouts.
         unsafe {
-            call.stream.launch("gate_blocks", (1, 1), 256, 0, &gate)?;
             let operands = Operands { a: self.input, b: call.weight, d: None };
             let kernel = self.kernel(Operation::Repair, call.classes);
             tensor_cores(call.stream, Operation::Repair, &kernel, &operands, online)?;

@@ -112,11 +112,8 @@ pub(crate) unsafe fn forward(
     unsafe {
         let (list, input, pack) = select(call, store.list, layout.packed, true)?;
         let bias = call.widen_bias(layout.bias)?;
-        if list.slots != 0 && out.target != 0 {
-            call.stream.zero(out.target, call.rows * F32)?;
-        }
         let logits = if out.target == 0 { layout.logits } else { out.target };
-        call.target_logits(list, logits, store.reference, store.target, pack)?;
+        call.target_logits(list, logits, store.reference, store.target, pack, layout.gate)?;
         let pieces = kept(call, g, &store, lent);
         let run = Forward { call, g, store: &store, layout: &layout, list, input, bias };
         let left = call.classes - pieces.iter().map(|piece| piece.count).sum::<usize>();
@@ -168,7 +165,7 @@ impl Forward<'_> {
             planes: 1,
             chunk_columns: classes as i32,
             chunk_tiles: tiles as i32,
-            flags: self.layout.flags,
+            gate: 0,
         }
     }
 
@@ -200,14 +197,11 @@ impl Forward<'_> {
         };
         // SAFETY: operands checked, buffers of the layouts.
         unsafe {
-            call.stream.zero(layout.flags, F32 * blocks)?;
             store(0)?;
             let sums = self.finish(out, tiles, classes);
-            call.stream.launch(finish, (rows.div_ceil(32), 1), 512, 0, &sums)?;
+            let listing = params::Finish { gate: layout.gate, ..sums };
+            call.stream.launch(finish, (rows.div_ceil(32), 1), 512, 0, &listing)?;
 
-            let gate =
-                params::Gate { flags: layout.flags, gate: layout.gate, blocks: blocks as i64 };
-            call.stream.launch("gate_blocks", (1, 1), 256, 0, &gate)?;
             let tiles = classes.div_ceil(columns);
             let gated = params::Gemm { gate: layout.gate, ..self.product(0, classes, 0, tiles) };
             let repair = kernel(call, Operation::Repair, rows, classes);

@@ -359,7 +359,7 @@ pub(crate) struct StoredForwardLayout {
     pub packed: usize,
     pub bias: usize,
     pub part: usize,
-    pub flags: usize,
+    /// Blocks of rows to run again: their number, their indices, a flag for each block.
     pub gate: usize,
     /// The target's logits, where they are not an output.
     pub logits: usize,
@@ -379,8 +379,7 @@ impl StoredForwardLayout {
             // One plane of sums; a repair and the classes that are not kept need two, of maxima and sums;
             // the entropy one more.
             part: arena.take("partials", planes * 4 * StoredForwardLayout::tiles(g) * rows),
-            flags: arena.take("repair", 4 * blocks),
-            gate: arena.take("repair", 4 * (blocks + 1)),
+            gate: arena.take("repair", 4 * (1 + 2 * blocks)),
             logits: arena.take("targets", 4 * rows),
             rest: arena.take("targets", if partly { 4 * g.rows } else { 0 }),
             entropy: arena.take("targets", if partly && g.entropy() { 4 * g.rows } else { 0 }),

@@ -41,9 +41,7 @@ impl Stored<'_> {
         let scaled = self.packed(layout.packed);
         // SAFETY: all of it: operands checked, buffers of the layouts.
         unsafe {
-            self.factors(list, &store, &layout)?;
-            self.scaled_input(list, scaled, layout.factor)?;
-            let epilogue = self.class_targets(list, scaled, &store, &layout)?;
+            let epilogue = self.operands(list, scaled, &store, &layout)?;
             self.bias_gradient(list, x, &store, &layout)?;
             let order = self.input_product(list, x, &store, &layout)?;
             self.weight_product(order, x, scaled, epilogue)?;
@@ -51,14 +49,17 @@ impl Stored<'_> {
         }
     }
 
-    unsafe fn factors(
+    /// What the products read beside X: factors of its rows, the input scaled by them, and lists of the
+    /// rows of each class. Returns the epilogue of dW.
+    unsafe fn operands(
         &self,
         list: RowList,
+        scaled: Matrix,
         store: &StoreLayout,
         layout: &StoredBackwardLayout,
-    ) -> Result<()> {
-        let (call, rows) = (self.call, padded(self.call.rows));
-        let params = params::Factors {
+    ) -> Result<params::Gemm> {
+        let (call, slots) = (self.call, padded(self.call.rows));
+        let factors = params::Factors {
             list,
             targets: call.targets(),
             rest: self.saved.rest,
@@ -73,66 +74,37 @@ impl Stored<'_> {
             scale: call.problem.logit_scale as f32,
             scale_at: call.scale_at,
             softcap: call.problem.softcap as f32,
-            padded: rows as i32,
+            padded: slots as i32,
             reserved: 0,
         };
-        // SAFETY: buffers of the layouts.
-        unsafe { call.stream.launch("store_factors", (rows.div_ceil(256), 1), 256, 0, &params) }
-    }
-
-    unsafe fn scaled_input(&self, list: RowList, packed: Matrix, factor: usize) -> Result<()> {
-        let (call, rows) = (self.call, padded(self.call.rows));
         let gather = params::Gather {
             source: call.input(),
             list,
-            packed: packed.address,
-            pitch: packed.row_stride,
+            packed: scaled.address,
+            pitch: scaled.row_stride,
             features: call.features as i32,
-            padded: rows as i32,
+            padded: slots as i32,
         };
-        let params = params::Scale {
-            gather,
-            factor,
-            scale_at: call.scale_at,
-            scale: call.problem.logit_scale as f32,
-            reserved: 0,
-        };
-        // SAFETY: operands checked, buffers of the layouts.
-        unsafe { call.stream.launch("scale_rows_bf16", (rows.div_ceil(8), 1), 256, 0, &params) }
-    }
-
-    /// Lists the rows of each class, for the epilogue of dW.
-    unsafe fn class_targets(
-        &self,
-        list: RowList,
-        scaled: Matrix,
-        store: &StoreLayout,
-        layout: &StoredBackwardLayout,
-    ) -> Result<params::Gemm> {
-        let call = self.call;
-        if self.gradients.weight.is_none() {
-            return Ok(params::Gemm::default());
-        }
         // The input as it came, where rows can be read in pairs; else the scaled one: rounded twice.
         let paired = |m: &Matrix| {
             m.column_stride == 1 && m.row_stride % 2 == 0 && m.address.is_multiple_of(4)
         };
         let whole = call.input_matrix().filter(paired);
         let [start, rows, values] = layout.lists;
-        let lists = params::ListTargets {
-            list,
+        let lists = self.gradients.weight.as_ref().map(|_| params::ListTargets {
             target: store.target,
-            value: if whole.is_some() { layout.target_factor } else { layout.ratio },
             start,
             rows,
             values,
             classes: call.classes as i32,
             by_slot: i32::from(whole.is_none()),
-        };
+        });
+        let params = params::StoredOperands::new(factors, gather, lists);
+        // SAFETY: operands checked, buffers of the layouts.
+        unsafe {
+            call.stream.launch("stored_operands_bf16", (params.blocks(), 1), 256, 0, &params)?;
+        }
         let source = whole.unwrap_or(scaled);
-        let blocks = (call.classes + 1).div_ceil(512);
-        // SAFETY: buffers of the layouts.
-        unsafe { call.stream.launch("list_targets", (blocks, 1), 256, 0, &lists)? };
         Ok(params::Gemm {
             count: list.count,
             count_is_k: 1,

@@ -18,6 +18,14 @@ __device__ __forceinline__ void put(void* field, i64 row, int slot, float x) {
   if (field) ((float*)field)[row] = slot < 0 ? 0.f : x;
 }
 
+// Puts the block of 256 slots on the list of those to run again, once. In any order: a block's results
+// are its own.
+__device__ __forceinline__ void list_block(const FinishParams& p, int slot) {
+  const int block = slot / 256;
+  int* const flags = p.gate + (gate_length(p.list) + 1) / 2;
+  if (atomicExch(flags + block, 1) == 0) p.gate[1 + atomicAdd(p.gate, 1)] = block;
+}
+
 // Running maxima: rest, and entropy where there are three planes.
 struct OnlinePartial {
   Rest<float> rest;
@@ -49,8 +57,8 @@ struct FixedPartial {
     const double log_sum = log(sum);
     put(p.out.rest, row, slot, (float)(p.reference[slot] + log_sum));
     // e^+-60 leaves the exponentials of a row 26 nats inside the range of float and bf16. nan is
-    // flagged too.
-    if (!(fabs(log_sum) < 60.)) p.flags[slot / 256] = 1;
+    // listed too.
+    if (p.gate && !(fabs(log_sum) < 60.)) list_block(p, slot);
   }
 };
 
@@ -77,7 +85,7 @@ struct FixedMomentPartial {
     const double entropy = sum == 0. ? 0. : log_sum - moment / sum;
     put(p.out.rest, row, slot, (float)rest);
     put(p.out.entropy, row, slot, entropy < 0. ? 0.f : (float)entropy);  // nan stays
-    if (!(fabs(log_sum) < 60.)) p.flags[slot / 256] = 1;
+    if (p.gate && !(fabs(log_sum) < 60.)) list_block(p, slot);
   }
 };
 

@@ -72,6 +72,13 @@ pub struct Scatter {
 }
 const _: () = assert!(size_of::<Scatter>() == 120);
 
+impl Select {
+    /// Blocks of its grid: the scalars have one of their own.
+    pub fn blocks(&self) -> usize {
+        1 + usize::from(self.scalars != 0)
+    }
+}
+
 impl Scatter {
     /// Blocks of its grid: a warp a row, or a block where slices are summed.
     pub fn blocks(&self) -> usize {
@@ -97,10 +104,11 @@ pub struct TargetLogits {
     pub scale_at: usize,
     pub packed: usize,
     pub pitch: i64,
+    pub gate: usize,
     pub features: i32,
     pub padded: i32,
 }
-const _: () = assert!(size_of::<TargetLogits>() == 240);
+const _: () = assert!(size_of::<TargetLogits>() == 248);
 
 /// `finish_online`, `finish_fixed`, `finish_full`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -118,7 +126,7 @@ pub struct Finish {
     pub planes: i32,
     pub chunk_columns: i32,
     pub chunk_tiles: i32,
-    pub flags: usize,
+    pub gate: usize,
 }
 const _: () = assert!(size_of::<Finish>() == 216);
 

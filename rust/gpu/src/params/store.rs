@@ -4,16 +4,6 @@ use std::mem::size_of;
 
 use super::{Gather, RowList, RowView, Targets};
 
-/// `gate_blocks`.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub struct Gate {
-    pub flags: usize,
-    pub gate: usize,
-    pub blocks: i64,
-}
-const _: () = assert!(size_of::<Gate>() == 24);
-
 /// `finish_repair`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
@@ -29,7 +19,7 @@ pub struct Repair {
 }
 const _: () = assert!(size_of::<Repair>() == 80);
 
-/// `store_factors`.
+/// What rows of the store stand for.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Factors {
@@ -52,32 +42,50 @@ pub struct Factors {
 }
 const _: () = assert!(size_of::<Factors>() == 160);
 
-/// `scale_rows_bf16`.
-#[derive(Clone, Copy, Debug, Default)]
-#[repr(C)]
-pub struct Scale {
-    pub gather: Gather,
-    pub factor: usize,
-    pub scale_at: usize,
-    pub scale: f32,
-    pub reserved: i32,
-}
-const _: () = assert!(size_of::<Scale>() == 120);
-
-/// `list_targets`.
+/// The slots by the class of their target.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct ListTargets {
-    pub list: RowList,
     pub target: usize,
-    pub value: usize,
     pub start: usize,
     pub rows: usize,
     pub values: usize,
     pub classes: i32,
     pub by_slot: i32,
 }
-const _: () = assert!(size_of::<ListTargets>() == 80);
+const _: () = assert!(size_of::<ListTargets>() == 40);
+
+/// `stored_operands_bf16`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct StoredOperands {
+    pub factors: Factors,
+    pub scaled: Gather,
+    pub lists: ListTargets,
+    pub list_blocks: i32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<StoredOperands>() == 304);
+
+impl StoredOperands {
+    /// Of one list. Without `lists` none are made.
+    pub fn new(factors: Factors, scaled: Gather, lists: Option<ListTargets>) -> StoredOperands {
+        // A block lists 512 classes; what ends the last list counts as one.
+        let list_blocks = lists.map_or(0, |lists| (lists.classes + 1 + 511) / 512);
+        StoredOperands {
+            factors,
+            scaled,
+            lists: lists.unwrap_or_default(),
+            list_blocks,
+            reserved: 0,
+        }
+    }
+
+    /// Blocks of its grid: those of the lists, then a warp a slot.
+    pub fn blocks(&self) -> usize {
+        self.list_blocks as usize + (self.factors.padded as usize).div_ceil(8)
+    }
+}
 
 /// `merge_rest`.
 #[derive(Clone, Copy, Debug, Default)]
