@@ -1,8 +1,10 @@
 """Every tensor-core kernel against float64: ragged shapes, live-row counts, repair lists, targets.
 
 ``python bench/kernels/check.py --kernels target/kernels [SUBSTRING...]``. Padding is nan on the way
-in, and must be nan past the last 16 bytes on the way out. ``--small`` keeps to one shape, for the
-sanitizer (sanitize.sh).
+in, and must be nan past the last 16 bytes on the way out. ``--part 2/8`` takes the second kernel of
+every eight. ``--small`` is for the sanitizer (sanitize.sh): the least that meets every barrier more
+than once. One cluster of two CTAs makes every tile, so that each warpgroup has two, and six blocks
+of K go once around a ring of three to five stages.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 ROUNDING = {"bf16": 3e-3, "f16": 5e-4, "f32": 1e-5}  # relative Frobenius error of a rounded result
 EXACT = {"bf16": 2e-5, "f16": 2e-5, "f32": 2e-5}  # of one that stays in float
 SHAPES = ((128, 256, 64), (300, 520, 200), (1000, 1777, 136), (2051, 4001, 328))
+SMALL = (140, 580, 328)
 SCALE, SOFTCAP, FIRST_CLASS = 0.7, 3.0, 1000
 
 
@@ -70,7 +73,8 @@ class Case:
     report: Report
     count: int | None = None
     listed: bool = False
-    uneven: bool = False  # two clusters take turns, and two tiles have one of their own
+    uneven: bool = False  # two tiles have clusters of their own
+    clusters: int | None = None  # that take turns; None: as many as fit
 
     def __post_init__(self) -> None:
         m, n, k = self.extents
@@ -109,10 +113,8 @@ class Case:
         return torch.full((m, round_up(n, 8) + 8), math.nan, device=DEVICE, dtype=dtype)
 
     def launch(self, d: Tensor | None = None) -> None:
-        if self.uneven:
-            self.fields["sweepers"] = 2
-        options = self.fields | {"singles": 2 * self.uneven}
-        Launch(self.kernels, self.name, self.extents, self.a, self.b, d, **options)()
+        how = {"sweepers": self.clusters, "singles": 2 * self.uneven}
+        Launch(self.kernels, self.name, self.extents, self.a, self.b, d, **how, **self.fields)()
 
     def result(self, what: str, out: Tensor, wanted: Tensor, most: float) -> None:
         n = self.extents[1]
@@ -327,26 +329,80 @@ class Case:
         torch.cuda.synchronize()
 
 
+def check(kernels: Kernels, name: str, report: Report) -> None:
+    """One kernel at every shape."""
+    operation, by_maps = (kernels.table[name][key] for key in ("operation", "by_maps"))
+    for extents in SHAPES:
+        Case(kernels, name, extents, report).run()
+    Case(kernels, name, (700, 1500, 520), report, count=333).run()
+    if operation.startswith("dw"):
+        Case(kernels, name, (300, 520, 200), report, count=0).run()
+        if by_maps:
+            Case(kernels, name, (1000, 1500, 136), report, uneven=True, clusters=2).run()
+    if operation in ("store_exp", "store_moment", "repair"):
+        Case(kernels, name, (1000, 1500, 136), report, listed=True).run()
+
+
+def check_small(kernels: Kernels, name: str, report: Report) -> None:
+    """One kernel for the sanitizer."""
+    operation, by_maps = (kernels.table[name][key] for key in ("operation", "by_maps"))
+    Case(kernels, name, SMALL, report, clusters=1).run()
+    Case(kernels, name, SMALL, report, count=70, clusters=1).run()
+    if operation.startswith("dw") and by_maps:
+        Case(kernels, name, (600, 580, 136), report, uneven=True, clusters=1).run()
+    if operation in ("store_exp", "store_moment", "repair"):
+        Case(kernels, name, (600, 400, 136), report, listed=True, clusters=1).run()
+
+
+def check_beside(kernels: Kernels, de: str, dw: str, report: Report) -> None:
+    """The two products of a gradient tile beside each other: the bits of one after the other."""
+    rows, features, classes = 2048, 1024, 8192
+    dtype = DTYPES[kernels.table[de]["dtype"]]
+    x = torch.randn(rows, classes, device=DEVICE).to(dtype)
+    w = torch.randn(classes, features, device=DEVICE).to(dtype)
+    e = torch.randn(rows, features, device=DEVICE).to(dtype)
+
+    def run(beside: bool) -> list[Tensor]:
+        out = []
+        for name, other in ((de, w), (dw, e)):
+            result = DTYPES["f32"] if name.split("_")[1] == "f32" else dtype
+            out.append(torch.full_like(e if name == de else w, math.nan, dtype=result))
+            extents = (rows, features, classes) if name == de else (classes, features, rows)
+            uneven = beside and name == dw
+            launch = Launch(
+                kernels, name, extents, x, other, out[-1], beside=uneven, singles=40 * uneven
+            )
+            launch()
+        return [t.clone() for t in out]  # right behind the second
+
+    for what, one, other in zip((de, dw), run(False), run(True), strict=True):
+        report.true(f"{de}, {dw} beside each other: {what}", torch.equal(one, other))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--part", default="1/1", help="k/n: the k-th kernel of every n")
     parser.add_argument("substrings", nargs="*")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     kernels, report = Kernels(arguments.kernels), Report()
-    for name, kernel in kernels.table.items():
-        if arguments.substrings and not any(part in name for part in arguments.substrings):
-            continue
-        for extents in SHAPES[1:2] if arguments.small else SHAPES:
-            Case(kernels, name, extents, report).run()
-        Case(kernels, name, (700, 1500, 520), report, count=333).run()
-        if kernel["operation"].startswith("dw"):
-            Case(kernels, name, (300, 520, 200), report, count=0).run()
-            if kernel["by_maps"]:
-                Case(kernels, name, (1000, 1500, 136), report, uneven=True).run()
-        if kernel["operation"] in ("store_exp", "store_moment", "repair"):
-            Case(kernels, name, (1000, 1500, 136), report, listed=True).run()
+    names = [
+        name
+        for name in kernels.table
+        if not arguments.substrings or any(part in name for part in arguments.substrings)
+    ]
+    part, parts = map(int, arguments.part.split("/"))
+    for name in names[part - 1 :: parts]:
+        (check_small if arguments.small else check)(kernels, name, report)
+    if not arguments.small and part == 1:
+        halves = [name for name in names if kernels.table[name]["by_maps"]]
+        for de in [name for name in halves if name.startswith("de_")]:
+            dtype = kernels.table[de]["dtype"]
+            of_type = [name for name in halves if kernels.table[name]["dtype"] == dtype]
+            for dw in [name for name in of_type if name.startswith("dw_")]:
+                check_beside(kernels, de, dw, report)
     print(f"{report.passed} passed, {len(report.failed)} failed")
     raise SystemExit(bool(report.failed))
 

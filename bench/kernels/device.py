@@ -122,8 +122,9 @@ class Launch:
     """D[m, n] = epilogue(A[m, k] B[n, k]ᵀ), prepared; calling it enqueues it on the current stream.
 
     A and B are given as the operation stores them: dw and dw_f32 take K as rows of both, de and
-    de_f32 of B. ``beside``: the kernel may start as blocks of the one ahead end. ``singles``: so
-    many tiles go to clusters of their own, the others to ``sweepers`` clusters in turns.
+    de_f32 of B. ``beside``: the kernel may start as blocks of the one ahead end. ``sweepers``
+    clusters (by default as many as the device holds at once) take turns at the tiles, but for the
+    last ``singles``, which have clusters of their own.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Launch:
         d: torch.Tensor | None = None,
         *,
         beside: bool = False,
+        sweepers: int | None = None,
         singles: int = 0,
         **fields: Any,
     ) -> None:
@@ -169,13 +171,13 @@ class Launch:
             if d is not None:
                 map_d = tensor_map(d, n, m, (32 if d.dtype == torch.float32 else 64, 64))
             self.arguments = [map_a, map_b, map_d, params]
-            if singles and not params.sweepers:
-                params.sweepers = multiprocessors // cluster
-            clusters = params.sweepers + singles if singles else multiprocessors // cluster
-            grid = clusters * cluster
+            turns = sweepers or multiprocessors // cluster
+            params.sweepers = turns if singles else 0
+            grid = (turns + singles) * cluster
         else:
             self.arguments = [params]
-            grid = min(-(-m // kernel["m"]) * -(-n // kernel["n"]), 2 * multiprocessors)
+            tiles = -(-m // kernel["m"]) * -(-n // kernel["n"])
+            grid = min(tiles, sweepers or 2 * multiprocessors)
         addresses = [c.addressof(argument) for argument in self.arguments]
         self.pointers = (c.c_void_p * len(addresses))(*addresses)
         self.config = LaunchConfig(
