@@ -440,7 +440,7 @@ impl Backward<'_> {
                 unsafe {
                     tensor_cores(call.stream, Operation::DeF32, &choice, &operands, epilogue)?;
                 }
-                Ok(Order::Beside { idle: choice.idle(facts, shape, slices) })
+                Ok(Order::Beside(choice.idle(facts, shape, slices)))
             }
             None => {
                 let epilogue = PlainEpilogue {

@@ -36,14 +36,19 @@ impl Choice {
         m.div_ceil((self.tile.m * self.tile.cluster) as usize) * n.div_ceil(self.tile.n as usize)
     }
 
-    /// Products of single multiprocessors for which the last wave of an (m, n, k) product leaves time,
-    /// in `slices` shares of k.
-    pub fn idle(&self, facts: &Facts, (m, n, k): (usize, usize, usize), slices: usize) -> f64 {
+    /// What the last wave of an (m, n, k) product leaves idle, in `slices` shares of k.
+    pub fn idle(&self, facts: &Facts, (m, n, k): (usize, usize, usize), slices: usize) -> Idle {
         let clusters = (facts.multiprocessors / self.tile.cluster).max(1) as usize;
         let tiles = self.tiles(m, n) * slices;
-        let short = tiles.next_multiple_of(clusters) - tiles;
-        let products = f64::from(self.tile.m * self.tile.n * self.tile.cluster) * k as f64;
-        short as f64 * products / slices as f64
+        Idle {
+            clusters: tiles.next_multiple_of(clusters) - tiles,
+            products: self.products(k.div_ceil(slices)),
+        }
+    }
+
+    /// Products of one multiprocessor in a tile of depth `k`.
+    fn products(&self, k: usize) -> f64 {
+        f64::from(self.tile.m * self.tile.n) * k as f64
     }
 
     /// Time of an (m, n) product in units of one multiprocessor's work on one output element of depth one.
@@ -64,6 +69,14 @@ impl Choice {
     }
 }
 
+/// Clusters without a tile in a product's last wave, for as long as a multiprocessor takes for so
+/// many products.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Idle {
+    pub clusters: usize,
+    pub products: f64,
+}
+
 /// How the clusters of a grid share the tiles (`cuda/include/logitless/schedule/raster.cuh`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Grid {
@@ -73,23 +86,36 @@ pub(crate) struct Grid {
 }
 
 impl Grid {
-    /// Depth below which starting a cluster for one tile, some 4 µs, is not worth it.
-    const DEEP: usize = 2048;
-
     /// Equal shares for as many clusters as the device holds at once.
     pub fn even(tiles: usize, at_once: usize) -> Grid {
         Grid { clusters: tiles.min(at_once), sweepers: 0 }
     }
 
-    /// Beside a product whose last wave leaves time for `early` tiles of depth `k`: that many and the
-    /// last wave are handed out one by one, to whoever has ended.
-    pub fn uneven(tiles: usize, at_once: usize, early: f64, k: usize) -> Grid {
-        let rounds = tiles.saturating_sub(early as usize) / at_once;
-        let singles = tiles - rounds * at_once;
-        if early < 1.0 || rounds == 0 || k < Grid::DEEP {
-            return Grid::even(tiles, at_once);
+    /// An (m, n, k) product beside one that leaves so much idle.
+    ///
+    /// Clusters with a head start end early, and tiles that are handed out singly go to them. That
+    /// is worth its starts (4 µs in a tile of 100) only where the last cluster ends a tile earlier.
+    pub fn beside(
+        choice: &Choice,
+        (m, n, k): (usize, usize, usize),
+        at_once: usize,
+        idle: Idle,
+    ) -> Grid {
+        let tiles = choice.tiles(m, n);
+        // Single tiles that a cluster makes before those without a head start have ended.
+        let singles = (idle.products / (1.05 * choice.products(k.max(1)))) as usize * idle.clusters;
+        let (whole, left) = (tiles / at_once, tiles % at_once);
+        // Turns come in order of the start: the first clusters, with the head start, have one more.
+        let even = whole + usize::from(left > if singles > 0 { idle.clusters } else { 0 });
+        let rounds = |turns: usize| {
+            turns + (tiles - turns * at_once).saturating_sub(singles).div_ceil(at_once)
+        };
+        match (0..=whole).rev().min_by_key(|&turns| rounds(turns)) {
+            Some(turns) if rounds(turns) < even && turns > 0 => {
+                Grid { clusters: at_once + tiles - turns * at_once, sweepers: at_once }
+            }
+            _ => Grid::even(tiles, at_once),
         }
-        Grid { clusters: at_once + singles, sweepers: at_once }
     }
 }
 
@@ -259,20 +285,26 @@ mod tests {
     #[test]
     fn what_one_product_leaves_idle_the_next_one_fills() {
         let facts = Facts::h200();
-        let Some(de) = choose(&facts, Operation::De, DType::Bf16, false, 8192, 4096) else {
-            return;
+        let choose = |operation, m, n| choose(&facts, operation, DType::Bf16, false, m, n);
+        let grid = |rows, features, classes| {
+            let de = choose(Operation::De, rows, features)?;
+            let dw = choose(Operation::Dw, classes, features)?;
+            let idle = de.idle(&facts, (rows, features, classes), 1);
+            Some((idle.clusters, Grid::beside(&dw, (classes, features, rows), 66, idle)))
         };
-        let (rows, features, classes) = (8192, 4096, 128_256);
-        let idle = de.idle(&facts, (rows, features, classes), 1);
-        // 512 tiles of 66 clusters: 16 of the last 66 have none, each as deep as 15.66 tiles of dW.
-        assert_eq!(idle, 16.0 * f64::from(2 * 128 * 256) * classes as f64);
-        let early = idle / (f64::from(2 * 128 * 256) * rows as f64);
-        let grid = Grid::uneven(501 * 16, 66, early, rows);
-        assert_eq!(grid, Grid { clusters: 66 + 294, sweepers: 66 });
-        // Too little to share, or tiles too shallow to be worth a start.
-        assert_eq!(Grid::uneven(70, 66, 5.0, rows), Grid { clusters: 66, sweepers: 0 });
-        assert_eq!(Grid::uneven(501 * 16, 66, early, 512), Grid { clusters: 66, sweepers: 0 });
-        assert_eq!(Grid::uneven(20, 66, 0.5, rows), Grid { clusters: 20, sweepers: 0 });
+        let Some(large) = grid(8192, 4096, 128_256) else { return };
+        // dE: 512 tiles of 66 clusters, 16 of which have none in the last wave: each would last for
+        // 15.66 tiles of dW. dW: 8016 = 119 x 66 + 162 tiles instead of 122 turns.
+        assert_eq!(large, (16, Grid { clusters: 66 + 162, sweepers: 66 }));
+        // 8316 = 123 x 66 + 198 tiles instead of 126 turns.
+        let even = grid(8192, 3584, 152_064).unwrap();
+        assert_eq!(even, (14, Grid { clusters: 66 + 198, sweepers: 66 }));
+        // 1024 = 15 x 66 + 34 tiles: too few of them fit to spare anyone the last one.
+        assert_eq!(grid(8192, 1024, 65_536).unwrap(), (4, Grid { clusters: 66, sweepers: 0 }));
+        // A chunk of a recomputing backward: dE's tiles are as short as dW's.
+        assert_eq!(grid(8192, 4096, 8448).unwrap(), (16, Grid { clusters: 66, sweepers: 0 }));
+        // Fewer tiles than clusters.
+        assert_eq!(grid(256, 256, 2048).unwrap().1.sweepers, 0);
     }
 
     #[test]

@@ -2,8 +2,8 @@
 
 use logitless_core::{DType, Tensor};
 
-use crate::choice::Grid;
 pub(crate) use crate::choice::{Choice, choose, choose_gated, choose_sliced, exists, slices};
+use crate::choice::{Grid, Idle};
 use crate::driver::{Start, TensorMap, TensorMapSpec};
 use crate::error::Result;
 use crate::images;
@@ -175,9 +175,8 @@ pub(crate) enum Order {
     /// It waits for it.
     After,
     /// They share inputs at most, which were there before the one ahead was launched; neither touches
-    /// what the other writes. This one starts on what the last wave of the one ahead leaves idle: so
-    /// many products of single multiprocessors.
-    Beside { idle: f64 },
+    /// what the other writes. This one starts on what the last wave of the one ahead leaves idle.
+    Beside(Idle),
 }
 
 /// Enqueues a product on tensor cores. `epilogue` holds its extents and everything that the epilogue reads.
@@ -217,20 +216,15 @@ pub(crate) unsafe fn ordered(
     let slices = epilogue.slices.max(1) as usize;
     let tiles = choice.tiles(m, n) * slices;
     let at_once = (kernel.blocks / tile.cluster) as usize;
-    let (start, grid) = match order {
-        Order::Beside { idle } if choice.by_maps() => {
-            let start = stream.device.start(Start::Beside);
-            let early = idle / (f64::from(tile.m * tile.n * tile.cluster) * k as f64);
-            (
-                start,
-                if start == Start::Beside {
-                    Grid::uneven(tiles, at_once, early, k)
-                } else {
-                    Grid::even(tiles, at_once)
-                },
-            )
+    let start = match order {
+        Order::Beside(_) if choice.by_maps() => stream.device.start(Start::Beside),
+        _ => Start::After,
+    };
+    let grid = match order {
+        Order::Beside(idle) if start == Start::Beside && slices == 1 => {
+            Grid::beside(choice, (m, n, k), at_once, idle)
         }
-        _ => (Start::After, Grid::even(tiles, at_once)),
+        _ => Grid::even(tiles, at_once),
     };
     let params = params::Gemm {
         a: a.address,
