@@ -215,7 +215,8 @@ __device__ __forceinline__ void gather(const GatherParams& p) {
 }
 
 // One warp a row of the target; one block where slices are summed, for there are few rows then. From packed accumulators
-// (slots), or the slices of a sum, to rows; a row without a slot becomes 0.
+// (slots), or the slices of a sum, to rows; a row without a slot becomes 0. What its target adds to a row of the input's
+// gradient where exponentials were kept (they are 0 at the target) is added in float.
 template <class Acc, class T>
 __device__ __forceinline__ void scatter(const ScatterParams& p) {
   const bool sliced = p.slices > 1;
@@ -226,14 +227,32 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
   T* out = const_cast<T*>(row_of<T>(p.target, row));
   const Acc factor = p.factor ? *(const Acc*)p.factor : (Acc)1;
   const Acc* in = (const Acc*)p.packed + slot * p.pitch;
-  auto sum = [&](Acc x, T old) {
+  float g = 0.f;
+  const bf16* w = nullptr;
+  if (p.onehot_g && slot >= 0 && *p.kept >= 0) {
+    const int y = p.onehot_target[slot];
+    if (y >= 0 && y < p.kept_classes) g = p.onehot_g[slot], w = (const bf16*)p.onehot_w + y * p.onehot_ld;
+  }
+  // Nothing is read that counts for nothing: 0 times an overflow would be nan.
+  auto sum = [&](Acc x, Acc weight, T old) {
     x *= factor;
+    if (g != 0.f) x += (Acc)g * weight;
     return Element<T>::from(p.accumulate ? widen(old) + x : x);
   };
   int d = first;
   if (p.target.feature_stride == 1 && is_aligned(out) && slot >= 0) {
     const int whole = p.features / 8;
-    in_batches<2>(first, step, whole, [&](int i) { return ((const Pack<Acc>*)in)[i]; }, [&](int i, Pack<Acc>& x) {
+    struct Both {
+      Pack<Acc> sums;
+      Pack<bf16> weights;
+    };
+    auto load = [&](int i) {
+      Both both = {((const Pack<Acc>*)in)[i], {}};
+      if (g != 0.f) both.weights = ((const Pack<bf16>*)w)[i];
+      return both;
+    };
+    in_batches<2>(first, step, whole, load, [&](int i, Both& both) {
+      Pack<Acc>& x = both.sums;
       for (int s = 1; s < p.slices; s++) {
         const Pack<Acc> more = ((const Pack<Acc>*)(in + s * p.slice))[i];
 #pragma unroll
@@ -242,7 +261,7 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
       Pack<T> y = {};
       if (p.accumulate) y = ((const Pack<T>*)out)[i];
 #pragma unroll
-      for (int j = 0; j < 8; j++) y.x[j] = sum(x.x[j], y.x[j]);
+      for (int j = 0; j < 8; j++) y.x[j] = sum(x.x[j], (Acc)widen(both.weights.x[j]), y.x[j]);
       ((Pack<T>*)out)[i] = y;
     });
     d += whole * 8;
@@ -251,7 +270,7 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
     Acc x = slot < 0 ? (Acc)0 : in[d];
     for (int s = 1; s < p.slices && slot >= 0; s++) x += in[s * p.slice + d];
     T* at = out + d * p.target.feature_stride;
-    *at = sum(x, p.accumulate ? *at : T{});
+    *at = sum(x, g != 0.f ? (Acc)widen(w[d]) : (Acc)0, p.accumulate ? *at : T{});
   }
 }
 
@@ -473,7 +492,7 @@ extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_consta
         if (p.tile.dtype == 1) {
           wide += ((const double*)p.tile.data)[at];
         } else {
-          const bool target = p.target && p.target[row] == column;
+          const bool target = p.target && p.target[row] == p.column0 + column;
           const float x = target ? p.value[row] : load_any<float>(p.tile.data, (int)p.tile.dtype, at);
           run += x * (p.weights ? p.weights[row] : 1.f);
         }
@@ -485,7 +504,8 @@ extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_consta
   __syncthreads();
   if (slice != 0 || column >= p.columns) return;
   for (int i = 1; i < 8; i++) total += shared[i][lane];
-  store_any<double>(p.out.data, (int)p.out.dtype, column * p.out.row_stride, total * (p.factor ? *p.factor : 1.));
+  const i64 to = (p.column0 + column) * p.out.row_stride;
+  store_any<double>(p.out.data, (int)p.out.dtype, to, total * (p.factor ? *p.factor : 1.));
 }
 
 // One warp a row.

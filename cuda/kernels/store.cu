@@ -154,10 +154,11 @@ __device__ __forceinline__ void scale_row(const StoredOperandsParams& p, int slo
     for (int j = 0; j < kBatch; j++) x[j] = ((const Pack<bf16>*)in)[min(lane + 32 * j, last)];
   }
   const RowFactors row = factors_of(f, slot);
-  const float scale = f.scale_at ? *f.scale_at : f.scale, factor = scale * row.passed;
+  const float scale = f.scale_at ? *f.scale_at : f.scale, inverse = f.scalars ? f.scalars->inverse : 1.f;
+  const float outer = f.scalars ? inverse : scale, factor = outer * row.passed;
   if (lane == 0) {
-    f.factor[slot] = row.passed;
-    f.input_factor[slot] = scale * row.factor;
+    f.factor[slot] = inverse * row.passed;
+    f.input_factor[slot] = outer * row.factor;
     f.target_factor[slot] = scale * row.at_target;
     f.ratio[slot] = row.ratio;
   }
@@ -258,11 +259,12 @@ __device__ __forceinline__ void list_targets(const StoredOperandsParams& p, int 
   __syncthreads();  // every slot of the block's entries
 
   const float scale = p.factors.scale_at ? *p.factors.scale_at : p.factors.scale;
+  const float of_ratio = p.factors.scalars ? scale * p.factors.scalars->g : 1.f;
 #pragma unroll 1
   for (int e = first_entry + threadIdx.x; e < first_entry + entries; e += 256) {
     const int slot = l.rows[e];
     const RowFactors f = factors_of(p.factors, slot);
-    l.values[e] = l.by_slot ? f.ratio : scale * f.at_target;
+    l.values[e] = l.by_slot ? of_ratio * f.ratio : scale * f.at_target;
     if (!l.by_slot) l.rows[e] = (int)row_at(p.factors.list, slot);
   }
 }

@@ -149,11 +149,16 @@ struct ScatterParams {
   const void* factor;   // device scalar in accumulators, or null: 1
   i64 pitch;
   i64 slice;
+  const void* onehot_w;      // bf16 (V, features), rows onehot_ld apart
+  const float* onehot_g;     // (slots) row += onehot_g onehot_w[onehot_target], for targets below kept_classes, where
+  const int* onehot_target;  // (slots) exponentials were taken: *kept >= 0. null onehot_g: nothing
+  i64 onehot_ld;
+  const int* kept;
   int features;
   int accumulate;
-  int slices, reserved;
+  int slices, kept_classes;
 };
-static_assert(sizeof(ScatterParams) == 120, "mirror rust/gpu/src/params");
+static_assert(sizeof(ScatterParams) == 160, "mirror rust/gpu/src/params");
 
 // target_logits: z of the target classes, one warp a (row, column).
 struct TargetParams {
@@ -222,17 +227,18 @@ static_assert(sizeof(AddMaximumParams) == 336, "mirror rust/gpu/src/params");
 // column_sum: sums over rows of a gradient tile, times a device scalar. A row of the tile may be a sum of `group` rows.
 struct ColumnSumParams {
   AnyMatrix tile;
-  AnyMatrix out;         // (columns), row_stride
+  AnyMatrix out;         // from its entry column0 on: (columns), row_stride
   const int* count;      // or null; < 0: do nothing
   const double* factor;  // or null: 1
   const float* weights;  // (rows) or null: 1
-  const int* target;     // (rows) column that counts as `value`, whatever the tile holds; or null
+  const int* target;     // (rows) class that counts as `value`, whatever the tile holds; or null
   const float* value;
   i64 rows;
   i64 columns;
   i64 group;
+  i64 column0;           // class of column 0
 };
-static_assert(sizeof(ColumnSumParams) == 128, "mirror rust/gpu/src/params");
+static_assert(sizeof(ColumnSumParams) == 136, "mirror rust/gpu/src/params");
 
 // row_dots: sum over features of packed input x packed gradient; fold_dots: their sum, one block.
 struct DotParams {
@@ -293,17 +299,19 @@ struct FactorParams {
   float *input_factor, *target_factor;    // the same times logit_scale, and g_target times logit_scale: dE
   float *ratio;                           // g_target / factor: the target as an entry of X
   const float* scale_at;
+  const Scalars* scalars;                 // or null. factor and input_factor, and so the scaled rows, are divided by the
+                                          // largest cotangent and lack logit_scale: the products' alpha has both
   float scale, softcap;
   int padded, reserved;                   // entries of the four
 };
-static_assert(sizeof(FactorParams) == 160, "mirror rust/gpu/src/params");
+static_assert(sizeof(FactorParams) == 168, "mirror rust/gpu/src/params");
 
 // The slots by the class of their target, ascending within a class, for the epilogue of dW.
 struct ListTargetsParams {
   const int* target;     // (slots), -1 for none
   int* start;            // (classes + 1) where each class begins in the lists
   int* rows;             // (slots) its rows: those of the caller's input, or slots
-  float* values;         // (slots) target_factor of a row, or ratio of a slot
+  float* values;         // (slots) target_factor of a row, or that over the factor of its scaled row
   int classes;
   int by_slot;
 };
@@ -312,12 +320,12 @@ static_assert(sizeof(ListTargetsParams) == 40, "mirror rust/gpu/src/params");
 // stored_operands: what the products of a stored backward read beside X.
 struct StoredOperandsParams {
   FactorParams factors;
-  GatherParams scaled;     // rows of the input times `factor` and logit_scale, zero-filled like gather_rows; of the same list
+  GatherParams scaled;     // rows of the input times `factor` and logit_scale, zero-filled like gather_rows; of that list
   ListTargetsParams lists;
   int list_blocks;         // ceil((classes + 1) / 512), before those of the rows; 0: no lists
   int reserved;
 };
-static_assert(sizeof(StoredOperandsParams) == 304, "mirror rust/gpu/src/params");
+static_assert(sizeof(StoredOperandsParams) == 312, "mirror rust/gpu/src/params");
 
 // merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes; and the entropy.
 struct MergeRestParams {

@@ -107,14 +107,15 @@ pub unsafe fn backward(
     }
     let mut arena = Arena::at(workspace.address());
     let mut layout = BackwardLayout::lay(&mut arena, &g, width, borrow);
-    let (mut pieces, mut store_reference) = (Vec::new(), 0);
+    let (mut pieces, mut lists) = (Vec::new(), None);
     if g.share.classes() > 0 {
         let lender = check_lent(lender, &call, &g)?;
         let store = StoreLayout::lay(&mut Arena::at(check_store(store, plan)?), &g);
-        (pieces, store_reference) = (kept(&call, &g, &store, lender), store.reference);
+        pieces = kept(&call, &g, &store, lender);
         if g.share.overwrites() {
             layout.dx = store.x;
         }
+        lists = Some(store);
     }
     let scalars = |field: usize| layout.scalars + field;
     let double = call.dtype == DType::F64;
@@ -128,7 +129,7 @@ pub unsafe fn backward(
         }),
         packed_rows: if lent.is_some() { call.rows } else { padded(call.rows) },
         pieces: &pieces,
-        store_reference,
+        store: lists.as_ref(),
         sums: Matrix::packed(layout.sums, call.acc, call.features, pitch(call.features, call.acc)),
         alpha: scalars(if double {
             offset_of!(Scalars, g_scale_wide)
@@ -157,19 +158,19 @@ pub(crate) struct Backward<'a> {
     pub call: &'a Call<'a>,
     pub layout: &'a BackwardLayout,
     pub gradients: &'a Gradients,
-    accumulate_weight: bool,
+    pub accumulate_weight: bool,
     pub width: usize,
     pub saved: Fields,
     pub grad: Fields,
     pub list: RowList,
     pub packed: Matrix,
-    packed_rows: usize,
-    /// Classes whose exponentials were kept: the first ones; and what the exponentials are relative to.
+    pub packed_rows: usize,
+    /// Classes whose exponentials were kept: the first ones; and which rows they are of.
     pub pieces: &'a [Exponentials],
-    pub store_reference: usize,
+    pub store: Option<&'a StoreLayout>,
     pub sums: Matrix,
     /// Device scalars: largest cotangent times the logit scale, in accumulators; largest cotangent, in double.
-    alpha: usize,
+    pub alpha: usize,
     pub factor: usize,
 }
 
@@ -182,18 +183,15 @@ impl Backward<'_> {
                 call.stream.zero(dense.address(), dense.len() * dense.dtype().size())?;
             }
             self.select()?;
-            call.gather(self.list, self.packed, self.packed_rows)?;
             let bias = call.widen_bias(self.layout.bias)?;
             if self.fused() {
                 self.coefficients()?;
             }
-            let made = self.pieces.iter().map(|piece| piece.count).sum();
+            let made = self.kept_classes();
             if made > 0 {
-                // Which of the two does anything is known to the device alone.
-                self.among(self.layout.kept).stored_chunks()?;
-                let width = self.again_width(made);
-                let again = Backward { pieces: &[], width, ..self.among(self.layout.again) };
-                again.chunks(0..made, bias)?;
+                self.kept_chunks(made, bias)?;
+            } else {
+                call.gather(self.list, self.packed, self.packed_rows)?;
             }
             self.chunks(made..call.classes, bias)?;
             self.scale_gradient()?;
@@ -201,44 +199,13 @@ impl Backward<'_> {
         }
     }
 
-    /// The same over as many rows as the device says at `count`; none at all if that is negative.
-    fn among(&self, count: usize) -> Self {
-        Backward { list: RowList { count, ..self.list }, ..*self }
-    }
-
-    /// Width of the tiles that make `made` kept classes again: most often of no row at all, so as few
-    /// launches as memory allows.
-    fn again_width(&self, made: usize) -> usize {
-        let (call, share) = (self.call, &self.call.plan.share);
-        // Sums beside the tile have room for the others' width.
-        if !share.overwrites() || self.unrounded() {
-            return self.width;
-        }
-        let column = padded(call.rows) * call.dtype.size();
-        let most = share.own_bytes(call.rows) / column.max(1) / 64 * 64;
-        made.div_ceil(made.div_ceil(most.max(64))).next_multiple_of(64)
-    }
-
     /// Whether gradients of the logits come from a product's epilogue.
     fn fused(&self) -> bool {
         self.call.plan.path != Path::Tiled && self.gradients.dense.is_none()
     }
 
-    /// Classes whose exponentials were kept.
-    unsafe fn stored_chunks(&self) -> Result<()> {
-        for piece in self.pieces {
-            let weight = self.call.weight.rows_from(piece.first);
-            // SAFETY: operands checked, buffers of the layouts.
-            unsafe {
-                let tile = self.stored_tile(piece)?;
-                self.products(tile, weight, piece.first, piece.count)?;
-            }
-        }
-        Ok(())
-    }
-
     /// Classes whose logits are made again.
-    unsafe fn chunks(&self, classes: Range<usize>, bias: usize) -> Result<()> {
+    pub unsafe fn chunks(&self, classes: Range<usize>, bias: usize) -> Result<()> {
         let call = self.call;
         let copy = self.layout.copy.map(|address| {
             Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
@@ -260,7 +227,7 @@ impl Backward<'_> {
     }
 
     /// What the gradients take from a tile of logit gradients.
-    unsafe fn products(
+    pub unsafe fn products(
         &self,
         tile: Matrix,
         weight: Matrix,
@@ -277,20 +244,13 @@ impl Backward<'_> {
             let mut order = Order::After;
             let scale_from_sums = self.gradients.scale.is_some() && !self.unrounded();
             if self.gradients.input.is_some() || scale_from_sums {
-                order = self.input_gradient(tile, weight, first, count)?;
+                order = self.input_gradient(tile, 0, weight, first, count)?;
             }
             if let Some(d_weight) = &self.gradients.weight {
                 self.weight_gradient(order, tile, Matrix::of(d_weight).rows_from(first), count)?;
             }
         }
         Ok(())
-    }
-
-    /// Share of live rows from which on kept exponentials of all rows cost less than the live rows'
-    /// made again: two products of three are for all classes, the third for those that were not kept.
-    fn least(&self) -> f64 {
-        let kept: usize = self.pieces.iter().map(|piece| piece.count).sum();
-        1.0 - kept as f64 / (3 * self.call.classes.max(1)) as f64
     }
 
     /// Lists the live rows and makes the scalars.
@@ -411,10 +371,12 @@ impl Backward<'_> {
         }
     }
 
-    /// Adds dx W of the chunk to the sums of the input's gradient; how the other product may follow.
-    unsafe fn input_gradient(
+    /// Adds dx W of the chunk to the sums of the input's gradient, with dx the tile, or factors of its
+    /// rows times the tile; how the other product may follow.
+    pub unsafe fn input_gradient(
         &self,
         tile: Matrix,
+        factors: usize,
         weight: Matrix,
         first: usize,
         count: usize,
@@ -427,9 +389,11 @@ impl Backward<'_> {
             Some((choice, _)) => {
                 let epilogue = params::Gemm {
                     count: self.list.count,
+                    coef: factors,
                     m: call.rows as i32,
                     n: call.features as i32,
                     k: count as i32,
+                    ld_row: padded(call.rows) as i32,
                     accumulate: i32::from(first > 0),
                     scale: 1.0,
                     slices: slices as i32,
@@ -443,6 +407,7 @@ impl Backward<'_> {
                 Ok(Order::Beside(choice.idle(facts, shape, slices)))
             }
             None => {
+                assert_eq!(factors, 0, "plans keep exponentials where tensor cores take them");
                 let epilogue = PlainEpilogue {
                     m: call.rows,
                     n: call.features,
@@ -458,10 +423,17 @@ impl Backward<'_> {
         }
     }
 
-    /// The sums to the rows' places; skipped rows become 0.
+    /// The sums to the rows' places, with the targets' part of kept classes; skipped rows become 0.
     unsafe fn scatter(&self) -> Result<()> {
         let (call, Some(d_input)) = (self.call, &self.gradients.input) else { return Ok(()) };
+        let targets = self.layout.factors.map_or(0, |factors| factors.target_factor);
         let params = params::Scatter {
+            onehot_w: call.weight.address,
+            onehot_g: targets,
+            onehot_target: self.store.map_or(0, |store| store.target),
+            onehot_ld: call.weight.row_stride,
+            kept: self.layout.kept,
+            kept_classes: self.kept_classes() as i32,
             target: row_view(d_input),
             list: self.list,
             packed: self.sums.address,
@@ -471,7 +443,6 @@ impl Backward<'_> {
             features: call.features as i32,
             accumulate: i32::from(self.gradients.accumulate_input),
             slices: call.plan.slices as i32,
-            reserved: 0,
         };
         let name = format!("scatter_rows_{}_{}", suffix(call.acc), suffix(d_input.dtype()));
         // SAFETY: operands checked, buffers of the layout; what the gradient lent has been read.

@@ -15,9 +15,10 @@ use crate::error::Result;
 use crate::launch::Stream;
 use crate::layout::{Arena, BackwardLayout, ForwardLayout, Geometry, pitch};
 use crate::params::{self, AnyMatrix};
-use crate::plan::{Plan, backward_cost, backward_width};
+use crate::plan::Plan;
 use crate::product::{Matrix, write_sums};
 use crate::share::RATE;
+use crate::widths::{backward_cost, backward_width};
 
 /// Fewest rows that fill the device in one wave.
 const FEWEST: usize = 4096;

@@ -18,10 +18,11 @@ use crate::forward::select;
 use crate::launch::suffix;
 use crate::layout::{Arena, Geometry, ListBuffers, padded, pitch};
 use crate::params::{self, Fields, RowList, RowView};
-use crate::plan::{Path, Plan, widest};
+use crate::plan::{Path, Plan};
 use crate::product::{
     Choice, Matrix, Operands, Operation, choose, choose_gated, choose_sliced, exists, tensor_cores,
 };
+use crate::widths::widest;
 
 /// Bytes of an accumulator.
 const F32: usize = 4;

@@ -131,6 +131,11 @@ impl Geometry {
         self.path == Path::Fused { planes: 3 }
     }
 
+    /// Whether the gradient of the logits is a factor a row times exponentials, some of them kept.
+    pub fn keeps_factors(&self) -> bool {
+        self.share.classes() > 0 && !self.entropy()
+    }
+
     /// Bytes of the weight's gradient, where it lends them.
     pub fn lender_bytes(&self) -> usize {
         match self.share.lends {
@@ -221,6 +226,8 @@ pub(crate) struct BackwardLayout {
     /// Counts of rows where kept exponentials serve, and where they do not.
     pub kept: usize,
     pub again: usize,
+    /// Where products read kept exponentials as they are.
+    pub factors: Option<FactorBuffers>,
     pub coef: usize,
     pub target: usize,
     pub reference: usize,
@@ -248,6 +255,7 @@ impl BackwardLayout {
         let block_max = arena.take("rows", 4 * g.rows.div_ceil(256));
         let scalars = arena.take("rows", 16);
         let (kept, again) = (arena.take("rows", 4), arena.take("rows", 4));
+        let factors = g.keeps_factors().then(|| FactorBuffers::lay(arena, g));
         let coef = arena.take("coefficients", 5 * 4 * rows);
         let target = arena.take("coefficients", 4 * rows);
         let reference = arena.take("coefficients", 4 * rows);
@@ -284,6 +292,7 @@ impl BackwardLayout {
             scalars,
             kept,
             again,
+            factors,
             coef,
             target,
             reference,
@@ -394,15 +403,32 @@ impl StoredForwardLayout {
     }
 }
 
-/// Buffers of a backward from the store.
+/// What rows of exponentials stand for in a backward that reads them as they were kept: planes of
+/// slots, and lists of rows by class.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct StoredBackwardLayout {
+pub(crate) struct FactorBuffers {
     pub factor: usize,
     pub input_factor: usize,
     pub target_factor: usize,
     pub ratio: usize,
-    /// Lists of rows by class: where each begins, rows, values.
+    /// Where each class begins, rows, values.
     pub lists: [usize; 3],
+}
+
+impl FactorBuffers {
+    fn lay(arena: &mut Arena, g: &Geometry) -> FactorBuffers {
+        let mut plane = || arena.take("coefficients", 4 * padded(g.rows));
+        let [factor, input_factor, target_factor, ratio] = [plane(), plane(), plane(), plane()];
+        let (rows, values) = (plane(), plane());
+        let lists = [arena.take("targets", 4 * (g.classes + 1)), rows, values];
+        FactorBuffers { factor, input_factor, target_factor, ratio, lists }
+    }
+}
+
+/// Buffers of a backward from the store.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StoredBackwardLayout {
+    pub factors: FactorBuffers,
     /// Sums of each slice of the classes; nothing where there is one.
     pub sums: usize,
     /// Scaled input.
@@ -413,24 +439,12 @@ pub(crate) struct StoredBackwardLayout {
 
 impl StoredBackwardLayout {
     pub fn lay(arena: &mut Arena, g: &Geometry) -> StoredBackwardLayout {
-        let mut plane = || arena.take("coefficients", 4 * padded(g.rows));
-        let [factor, input_factor, target_factor, ratio] = [plane(), plane(), plane(), plane()];
-        let (rows, values) = (plane(), plane());
-        let lists = [arena.take("targets", 4 * (g.classes + 1)), rows, values];
+        let factors = FactorBuffers::lay(arena, g);
         let sums = if g.slices > 1 { g.slices * g.sums_bytes() } else { 0 };
         let sums = arena.take("input sums", sums);
         let packed = arena.take("packed input", g.packed_bytes());
         let whole = g.wants(wanted::INPUT) && g.slices == 1;
         let gradient = arena.take("packed gradient", if whole { g.packed_bytes() } else { 0 });
-        StoredBackwardLayout {
-            factor,
-            input_factor,
-            target_factor,
-            ratio,
-            lists,
-            sums,
-            packed,
-            gradient,
-        }
+        StoredBackwardLayout { factors, sums, packed, gradient }
     }
 }

@@ -8,8 +8,9 @@ use logitless_core::{Memory, Spec, wanted};
 
 use crate::driver::Facts;
 use crate::layout::{Arena, BackwardLayout, Geometry, StoreLayout, StoredForwardLayout, padded};
-use crate::plan::{Plan, backward_width, lean_budget};
-use crate::share::{Lends, Prices, Share, WIDEST};
+use crate::plan::{Plan, lean_budget};
+use crate::share::{Lends, Prices, Share, Strip, WIDEST};
+use crate::widths::backward_width;
 
 /// The plan that keeps some of the classes, if that pays within `memory`.
 pub(crate) fn partly_stored(
@@ -51,7 +52,9 @@ pub(crate) fn partly_stored(
         Lends::Nothing => bought,
         _ => {
             let mut others = Arena::at(0);
-            BackwardLayout::lay(&mut others, g, 0, g.may_borrow());
+            let some = Strip { first: 0, classes: 1, width: 0 };
+            let with = Geometry { share: Share { own: some, lends, ..Share::default() }, ..*g };
+            BackwardLayout::lay(&mut others, &with, 0, g.may_borrow());
             lean.saturating_sub(lists + others.used).max(bought)
         }
     };
@@ -62,7 +65,8 @@ pub(crate) fn partly_stored(
     while room > 0 {
         // The other classes' tiles take the place of the store, if the backward may overwrite it.
         let (most, widest) = match lends {
-            Lends::Nothing => (width, width),
+            // An entropy's exponentials become tiles beside the store.
+            Lends::Nothing => (if g.entropy() { width } else { WIDEST }, width),
             _ => (WIDEST, (room / column).min(WIDEST).min(g.classes + 63) / 64 * 64),
         };
         let (own, tile) = prices.own(lent.classes, most, room, widest);

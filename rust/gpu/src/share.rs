@@ -1,7 +1,7 @@
 //! Which classes' exponentials a forward keeps for its backward, and in whose memory.
 //!
-//! A class that is kept costs three products and a pass over its exponentials, one that is not costs
-//! four. H200, N = 8192, lean's forward and backward to the three cuBLAS products, sustained, without
+//! A class that is kept costs three products (and, for an entropy's gradient, a pass over its
+//! exponentials), one that is not costs four. H200, N = 8192, lean's forward and backward to the three cuBLAS products, sustained, without
 //! and with what is kept: 1.35 and 1.21 (D = 4096, V = 128256), 1.36 and 1.26 (2304, 256000), 1.38 and
 //! 1.32 (1024, 65536), 1.37 and 1.33 (768, 50257), 1.35 and 1.05 (N = 2048, 4096, 128256).
 //!
@@ -24,8 +24,8 @@
 
 use crate::driver::Facts;
 use crate::layout::{Geometry, padded};
-use crate::plan::{backward_cost, even_width};
 use crate::product::{Operation, choose, choose_sliced};
+use crate::widths::{backward_cost, even_width};
 
 /// Bytes of an exponential: bf16.
 const SIZE: usize = 2;
@@ -207,10 +207,10 @@ impl Prices<'_> {
     /// Time of a kept chunk of `width` classes.
     fn kept(&self, width: usize) -> f64 {
         let (rows, depth) = (self.g.rows, self.g.features as f64);
-        self.cost(Operation::StoreExp, rows, width) * depth
-            + self.products(width)
-            + (rows * width) as f64 * PASS
-            + 4.0 * LAUNCH
+        // The gradient of an entropy takes a pass over the exponentials.
+        let pass = if self.g.entropy() { (rows * width) as f64 * PASS + LAUNCH } else { 0.0 };
+        let forward = self.cost(Operation::StoreExp, rows, width) * depth;
+        forward + self.products(width) + pass + 3.0 * LAUNCH
     }
 
     /// What a kept chunk of `width` classes saves; it may be less than nothing.

@@ -6,13 +6,14 @@
 
 use logitless_core::{DType, Gradients, Tensor};
 
-use crate::call::{Call, row_view, value, vector};
+use crate::call::{Call, row_view};
 use crate::error::Result;
 use crate::frozen;
-use crate::keep::{exponentials, kernel};
+use crate::keep::{Exponentials, exponentials, kernel};
 use crate::layout::{Arena, Geometry, StoreLayout, StoredBackwardLayout, padded, pitch};
 use crate::params::{self, Fields, RowList};
-use crate::product::{Matrix, Operands, Operation, Order, choose_sliced, ordered, tensor_cores};
+use crate::product::{Matrix, Operands, Operation, Order, choose_sliced, tensor_cores};
+use crate::scaled::Scaled;
 
 /// A backward from the store.
 pub(crate) struct Stored<'a> {
@@ -37,138 +38,28 @@ impl Stored<'_> {
         } else {
             call.all_rows()
         };
-        let x = exponentials(call, g, &store);
-        let scaled = self.packed(layout.packed);
+        let kept = Exponentials { first: 0, count: call.classes, x: exponentials(call, g, &store) };
+        let scaled = Scaled {
+            call,
+            gradients: self.gradients,
+            accumulate_weight: self.accumulate_weight,
+            saved: self.saved,
+            grad: self.grad,
+            list,
+            store: &store,
+            buffers: layout.factors,
+            input: self.packed(layout.packed),
+            input_rows: padded(call.rows),
+            largest: None,
+        };
         // SAFETY: all of it: operands checked, buffers of the layouts.
         unsafe {
-            let epilogue = self.operands(list, scaled, &store, &layout)?;
-            self.bias_gradient(list, x, &store, &layout)?;
-            let order = self.input_product(list, x, &store, &layout)?;
-            self.weight_product(order, x, scaled, epilogue)?;
+            scaled.make(call.classes)?;
+            scaled.bias_gradient(&kept)?;
+            let order = self.input_product(list, kept.x, &store, &layout)?;
+            scaled.weight_gradient(order, &kept)?;
             self.input_rows(list, &store, &layout)
         }
-    }
-
-    /// What the products read beside X: factors of its rows, the input scaled by them, and lists of the
-    /// rows of each class. Returns the epilogue of dW.
-    unsafe fn operands(
-        &self,
-        list: RowList,
-        scaled: Matrix,
-        store: &StoreLayout,
-        layout: &StoredBackwardLayout,
-    ) -> Result<params::Gemm> {
-        let (call, slots) = (self.call, padded(self.call.rows));
-        let factors = params::Factors {
-            list,
-            targets: call.targets(),
-            rest: self.saved.rest,
-            logits: self.saved.target,
-            g_rest: self.grad.rest,
-            g_target: self.grad.target,
-            reference: store.reference,
-            factor: layout.factor,
-            input_factor: layout.input_factor,
-            target_factor: layout.target_factor,
-            ratio: layout.ratio,
-            scale: call.problem.logit_scale as f32,
-            scale_at: call.scale_at,
-            softcap: call.problem.softcap as f32,
-            padded: slots as i32,
-            reserved: 0,
-        };
-        let gather = params::Gather {
-            source: call.input(),
-            list,
-            packed: scaled.address,
-            pitch: scaled.row_stride,
-            features: call.features as i32,
-            padded: slots as i32,
-        };
-        // The input as it came, where rows can be read in pairs; else the scaled one: rounded twice.
-        let paired = |m: &Matrix| {
-            m.column_stride == 1 && m.row_stride % 2 == 0 && m.address.is_multiple_of(4)
-        };
-        let whole = call.input_matrix().filter(paired);
-        let [start, rows, values] = layout.lists;
-        let lists = self.gradients.weight.as_ref().map(|_| params::ListTargets {
-            target: store.target,
-            start,
-            rows,
-            values,
-            classes: call.classes as i32,
-            by_slot: i32::from(whole.is_none()),
-        });
-        let params = params::StoredOperands::new(factors, gather, lists);
-        // SAFETY: operands checked, buffers of the layouts.
-        unsafe {
-            call.stream.launch("stored_operands_bf16", (params.blocks(), 1), 256, 0, &params)?;
-        }
-        let source = whole.unwrap_or(scaled);
-        Ok(params::Gemm {
-            count: list.count,
-            count_is_k: 1,
-            onehot_w: source.address,
-            onehot_ld: source.row_stride,
-            onehot_g: values,
-            onehot_start: start,
-            onehot_rows: rows,
-            m: call.classes as i32,
-            n: call.features as i32,
-            k: call.rows as i32,
-            accumulate: i32::from(self.accumulate_weight),
-            scale: 1.0,
-            ..params::Gemm::default()
-        })
-    }
-
-    unsafe fn weight_product(
-        &self,
-        order: Order,
-        x: Matrix,
-        scaled: Matrix,
-        epilogue: params::Gemm,
-    ) -> Result<()> {
-        let (call, Some(d_weight)) = (self.call, &self.gradients.weight) else { return Ok(()) };
-        let out = Matrix::of(d_weight);
-        if !out.describable() {
-            let expected = "adjacent features and rows of 16-byte multiples; or memory=\"lean\"";
-            return Err(value(
-                "d_weight",
-                format!("strides {:?}", d_weight.strides()),
-                expected.into(),
-            ));
-        }
-        let operation = if out.dtype == call.dtype { Operation::Dw } else { Operation::DwF32 };
-        let choice = kernel(call, operation, call.classes, call.features);
-        let operands = Operands { a: x, b: scaled, d: Some(out) };
-        // SAFETY: operands checked, buffers of the layouts.
-        unsafe { ordered(call.stream, order, operation, &choice, &operands, epilogue) }
-    }
-
-    /// The targets' part in float: the exponentials cancel it.
-    unsafe fn bias_gradient(
-        &self,
-        list: RowList,
-        x: Matrix,
-        store: &StoreLayout,
-        layout: &StoredBackwardLayout,
-    ) -> Result<()> {
-        let (call, Some(d_bias)) = (self.call, &self.gradients.bias) else { return Ok(()) };
-        let params = params::ColumnSum {
-            tile: x.any(),
-            out: vector(d_bias),
-            count: list.count,
-            factor: 0,
-            weights: layout.factor,
-            target: store.target,
-            value: layout.ratio,
-            rows: call.rows as i64,
-            columns: call.classes as i64,
-            group: 1,
-        };
-        // SAFETY: operands checked, buffers of the layouts.
-        unsafe { call.stream.launch("column_sum", (call.classes.div_ceil(32), 1), 256, 0, &params) }
     }
 
     /// The product X W, and how that of the weight may follow. Few rows: sums of each slice of the
@@ -208,9 +99,9 @@ impl Stored<'_> {
             let d = self.in_place(list, d_input).unwrap_or_else(|| self.packed(layout.gradient));
             let epilogue = params::Gemm {
                 target: store.target,
-                coef: layout.input_factor,
+                coef: layout.factors.input_factor,
                 onehot_w: call.weight.address,
-                onehot_g: layout.target_factor,
+                onehot_g: layout.factors.target_factor,
                 onehot_ld: call.weight.row_stride,
                 ld_row: padded(call.rows) as i32,
                 ..extents

@@ -17,10 +17,6 @@ impl Backward<'_> {
     /// Sums over the rows of a chunk's tile.
     pub unsafe fn bias_gradient(&self, tile: Matrix, first: usize, count: usize) -> Result<()> {
         let Some(d_bias) = &self.gradients.bias else { return Ok(()) };
-        let mut out = vector(d_bias);
-        out.data = out.data.wrapping_add_signed(
-            first as isize * out.row_stride as isize * d_bias.dtype().size() as isize,
-        );
         // Sums in float where there are some: of 16 rows, or the tile itself before it was rounded.
         // Kept exponentials have been.
         let float = |address| Matrix::packed(address, DType::F32, count, self.width);
@@ -35,12 +31,13 @@ impl Backward<'_> {
         };
         let params = params::ColumnSum {
             tile: tile.any(),
-            out,
+            out: vector(d_bias),
             count: self.list.count,
             factor: self.factor,
             rows: self.call.rows as i64,
             columns: count as i64,
             group,
+            column0: first as i64,
             ..params::ColumnSum::default()
         };
         // SAFETY: operands checked, buffers of the layout.

@@ -26,7 +26,7 @@ impl Backward<'_> {
             list: self.list,
             coef: self.layout.coef,
             rest: self.layout.reference,
-            reference: self.store_reference,
+            reference: self.store.map_or(0, |store| store.reference),
             target: self.layout.target,
             logits: self.saved.target,
             x: piece.x.address,

@@ -47,8 +47,8 @@ struct HalfStoreEpilogue {
   }
 };
 
-// D = alpha * acc + the targets' part in float, or D += it (kMapped: D = z, the logits after the
-// maps).
+// D = alpha * row factor * acc + the targets' part in float, or D += it (kMapped: D = z, the logits
+// after the maps).
 template <class Map, bool kMapped, class Targets, int kStorePanels>
 struct FloatStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
@@ -69,8 +69,13 @@ struct FloatStoreEpilogue {
     const GemmParams& p = band.p;
     if (kMapped) Map::template apply<kColumns>(acc, band);
     const float alpha = kMapped ? Map::factor(p) : p.alpha ? __ldg(p.alpha) : 1.f;
+    float a[2] = {alpha, alpha};
+    if (kSliced && p.coef) {
 #pragma unroll
-    for (int i = 0; i < kColumns / 2; i++) acc[i] *= alpha;
+      for (int half = 0; half < 2; half++) a[half] *= band.coefficient(0, half);
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; i++) acc[i] *= a[half_of(i)];
     Targets::template add<typename Store::Half, kColumns>(acc, band);
 #pragma unroll
     for (int panel = 0; panel < kColumns / 32; panel++) {

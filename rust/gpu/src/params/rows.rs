@@ -65,12 +65,17 @@ pub struct Scatter {
     pub factor: usize,
     pub pitch: i64,
     pub slice: i64,
+    pub onehot_w: usize,
+    pub onehot_g: usize,
+    pub onehot_target: usize,
+    pub onehot_ld: i64,
+    pub kept: usize,
     pub features: i32,
     pub accumulate: i32,
     pub slices: i32,
-    pub reserved: i32,
+    pub kept_classes: i32,
 }
-const _: () = assert!(size_of::<Scatter>() == 120);
+const _: () = assert!(size_of::<Scatter>() == 160);
 
 impl Select {
     /// Blocks of its grid: the scalars have one of their own.
@@ -192,8 +197,9 @@ pub struct ColumnSum {
     pub rows: i64,
     pub columns: i64,
     pub group: i64,
+    pub column0: i64,
 }
-const _: () = assert!(size_of::<ColumnSum>() == 128);
+const _: () = assert!(size_of::<ColumnSum>() == 136);
 
 /// `row_dots` and `fold_dots`.
 #[derive(Clone, Copy, Debug, Default)]

@@ -35,12 +35,13 @@ pub struct Factors {
     pub target_factor: usize,
     pub ratio: usize,
     pub scale_at: usize,
+    pub scalars: usize,
     pub scale: f32,
     pub softcap: f32,
     pub padded: i32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<Factors>() == 160);
+const _: () = assert!(size_of::<Factors>() == 168);
 
 /// The slots by the class of their target.
 #[derive(Clone, Copy, Debug, Default)]
@@ -65,7 +66,7 @@ pub struct StoredOperands {
     pub list_blocks: i32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<StoredOperands>() == 304);
+const _: () = assert!(size_of::<StoredOperands>() == 312);
 
 impl StoredOperands {
     /// Of one list. Without `lists` none are made.
