@@ -27,9 +27,8 @@ struct Row {
   T x, target;
 
   __device__ __forceinline__ Row(const LossParams& p, i64 row)
-      : x(((const T*)p.rest)[row]), target(((const T*)p.target)[row]) {
-    const T rest = x;
-    x -= target;
+      : Row(((const T*)p.rest)[row], ((const T*)p.target)[row]) {}
+  __device__ __forceinline__ Row(T rest, T target) : x(rest - target), target(target) {
     // A logit of +inf: the softmax is inf / inf.
     if (rest == infinite<T>() || target == infinite<T>()) x = not_a_number<T>();
   }
@@ -61,13 +60,19 @@ __device__ __forceinline__ void total(const LossParams& p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
   double sum = 0.;
   int count = 0;
-#pragma unroll 4
-  for (i64 row = threadIdx.x; row < p.rows; row += kThreads) {
-    const bool counts = kept(p, row);
-    const T loss = Row<T>(p, row).loss(p);
-    sum += counts ? (double)loss : 0.;
-    count += counts;
-  }
+  struct Loaded {
+    T rest, target;
+    bool kept;
+  };
+  auto load = [&](int row) {
+    return Loaded{((const T*)p.rest)[row], ((const T*)p.target)[row], kept(p, row)};
+  };
+  // Few registers, for a block of 1024 threads, hold 8 rows of float and 4 of double.
+  in_batches<32 / sizeof(T)>(threadIdx.x, kThreads, (int)p.rows, load, [&](int, const Loaded& row) {
+    if (!row.kept) return;
+    sum += (double)Row<T>(row.rest, row.target).loss(p);
+    count++;
+  });
   sum = warp_sum(sum);
   count = warp_sum(count);
   if (lane == 0) {
