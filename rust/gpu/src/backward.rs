@@ -404,7 +404,7 @@ impl Backward<'_> {
                 unsafe {
                     tensor_cores(call.stream, Operation::DeF32, &choice, &operands, epilogue)?;
                 }
-                Ok(Order::Beside(choice.idle(facts, shape, slices)))
+                Ok(Order::beside(call.stream, &choice, shape, slices))
             }
             None => {
                 assert_eq!(factors, 0, "plans keep exponentials where tensor cores take them");

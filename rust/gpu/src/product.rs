@@ -179,6 +179,22 @@ pub(crate) enum Order {
     Beside(Idle),
 }
 
+impl Order {
+    /// Of one that may start beside an (m, n, k) product by `choice` in `slices` shares of k, which
+    /// has just been enqueued; or has not, for lack of rows.
+    pub fn beside(
+        stream: &Stream,
+        choice: &Choice,
+        shape: (usize, usize, usize),
+        slices: usize,
+    ) -> Order {
+        if shape.0 == 0 || shape.1 == 0 {
+            return Order::After;
+        }
+        Order::Beside(choice.idle(&stream.device.facts, shape, slices))
+    }
+}
+
 /// Enqueues a product on tensor cores. `epilogue` holds its extents and everything that the epilogue reads.
 ///
 /// # Safety

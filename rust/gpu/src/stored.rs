@@ -111,7 +111,7 @@ impl Stored<'_> {
         let operands = Operands { a: x, b: call.weight, d: Some(d) };
         // SAFETY: operands checked, buffers of the layouts.
         unsafe { tensor_cores(call.stream, operation, &choice, &operands, epilogue)? };
-        Ok(Order::Beside(choice.idle(facts, shape, slices)))
+        Ok(Order::beside(call.stream, &choice, shape, slices))
     }
 
     /// The gradient of the input where the product can write it, as one matrix.
