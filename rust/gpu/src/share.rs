@@ -169,10 +169,10 @@ pub(crate) struct Prices<'a> {
     again: f64,
 }
 
-/// One multiprocessor's products a second.
-pub(crate) const RATE: f64 = 0.6e15 / 132.0 / 2.0;
-/// A launch's tail and refill, in products.
-pub(crate) const LAUNCH: f64 = 30e-6 * RATE;
+/// One multiprocessor's products a second: what an H200 sustains.
+pub(crate) const RATE: f64 = 0.75e15 / 132.0 / 2.0;
+/// A launch's tail, refill and gap, in products: what it takes beyond its waves.
+pub(crate) const LAUNCH: f64 = 12e-6 * RATE;
 /// The pass over an exponential: 4 bytes at 4 TB/s, in products.
 pub(crate) const PASS: f64 = 1e-12 * RATE;
 
