@@ -63,9 +63,9 @@ __device__ __forceinline__ void plain(const PlainParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) plain_bf16_f32(const __grid_constant__ PlainParams p) { plain<bf16, float>(p); }
-extern "C" __global__ void __launch_bounds__(256) plain_bf16_bf16(const __grid_constant__ PlainParams p) { plain<bf16, bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256) plain_f16_f32(const __grid_constant__ PlainParams p) { plain<f16, float>(p); }
-extern "C" __global__ void __launch_bounds__(256) plain_f16_f16(const __grid_constant__ PlainParams p) { plain<f16, f16>(p); }
-extern "C" __global__ void __launch_bounds__(256) plain_f32_f32(const __grid_constant__ PlainParams p) { plain<float, float>(p); }
-extern "C" __global__ void __launch_bounds__(256) plain_f64_f64(const __grid_constant__ PlainParams p) { plain<double, double>(p); }
+KERNEL(plain_bf16_f32, PlainParams, 256) { plain<bf16, float>(p); }
+KERNEL(plain_bf16_bf16, PlainParams, 256) { plain<bf16, bf16>(p); }
+KERNEL(plain_f16_f32, PlainParams, 256) { plain<f16, float>(p); }
+KERNEL(plain_f16_f16, PlainParams, 256) { plain<f16, f16>(p); }
+KERNEL(plain_f32_f32, PlainParams, 256) { plain<float, float>(p); }
+KERNEL(plain_f64_f64, PlainParams, 256) { plain<double, double>(p); }

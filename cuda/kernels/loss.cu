@@ -112,9 +112,9 @@ __device__ __forceinline__ void slopes(const LossParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) loss_rows_f32(const __grid_constant__ LossParams p) { each_row<float>(p); }
-extern "C" __global__ void __launch_bounds__(256) loss_rows_f64(const __grid_constant__ LossParams p) { each_row<double>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads) loss_total_f32(const __grid_constant__ LossParams p) { total<float>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads) loss_total_f64(const __grid_constant__ LossParams p) { total<double>(p); }
-extern "C" __global__ void __launch_bounds__(256) loss_slopes_f32(const __grid_constant__ LossParams p) { slopes<float>(p); }
-extern "C" __global__ void __launch_bounds__(256) loss_slopes_f64(const __grid_constant__ LossParams p) { slopes<double>(p); }
+KERNEL(loss_rows_f32, LossParams, 256) { each_row<float>(p); }
+KERNEL(loss_rows_f64, LossParams, 256) { each_row<double>(p); }
+KERNEL(loss_total_f32, LossParams, kThreads) { total<float>(p); }
+KERNEL(loss_total_f64, LossParams, kThreads) { total<double>(p); }
+KERNEL(loss_slopes_f32, LossParams, 256) { slopes<float>(p); }
+KERNEL(loss_slopes_f64, LossParams, 256) { slopes<double>(p); }

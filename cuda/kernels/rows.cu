@@ -1,15 +1,21 @@
-// rows.cu - the memory-bound kernels around the products: which rows take part, packing, target logits, folding, scattering.
+// rows.cu - the memory-bound kernels before and after the products: which rows take part, packing,
+// target logits, coefficients of the gradient tile, scattering.
 //
-// Every sum runs in a fixed order. A row list is made on the device and read by every later launch through its count, so
-// nothing here is ever read back by the host. Grids are sized for all N rows; blocks past the live count leave at once.
+// A row list is made on the device and read by every later launch through its count, so nothing
+// here is ever read back by the host. Grids are sized for all N rows; blocks past the live count
+// leave at once.
+//
+// Blocks of 256 threads, a row a warp, whose loads are asked for in batches (in_batches,
+// common.cuh): 32 to 70 registers, at least 3 blocks a multiprocessor, and 60 to 130 KB on the way
+// to it. No shared memory but the scans'. No spills.
 #include "logitless/common.cuh"
-#include "logitless/statistics/partial.cuh"
 
 using namespace logitless;
 
 namespace {
 
-constexpr int kLive = 1, kTakesPart = 2;  // bits of a row's flag: it has a cotangent; it is not ignored
+// Bits of a row's flag: it has a cotangent; it is not ignored.
+constexpr int kLive = 1, kTakesPart = 2;
 
 // An ignored row has targets, all of them padding.
 __device__ __forceinline__ bool is_ignored(const Targets& t, i64 row) {
@@ -32,8 +38,9 @@ template <class T>
 __device__ float largest_cotangent(const LiveParams& p, i64 row) {
   const Fields& g = p.grad;
   float most = 0.f;
-  for (const void* field : {(const void*)g.rest, (const void*)g.entropy, (const void*)g.sum, (const void*)g.sum_sq, (const void*)g.mean,
-                            (const void*)g.variance, (const void*)g.max, (const void*)g.dot})
+  for (const void* field :
+       {(const void*)g.rest, (const void*)g.entropy, (const void*)g.sum, (const void*)g.sum_sq,
+        (const void*)g.mean, (const void*)g.variance, (const void*)g.max, (const void*)g.dot})
     most = largest<T>(field, row, 1, most);
   most = largest<T>(g.target, row, p.targets.columns, most);
   most = largest<T>(g.rest_power, row, p.powers, most);
@@ -54,12 +61,13 @@ __device__ float block_largest(float x) {
 }  // namespace
 
 // One thread a row: a row is live when it is not ignored and carries a cotangent (nan counts).
-extern "C" __global__ void __launch_bounds__(256) live_rows(const __grid_constant__ LiveParams p) {
+KERNEL(live_rows, LiveParams, 256) {
   const i64 row = blockIdx.x * 256ll + threadIdx.x;
   float most = 0.f;
   if (row < p.total) {
     const bool part = !is_ignored(p.targets, row);
-    if (part) most = p.is_double ? largest_cotangent<double>(p, row) : largest_cotangent<float>(p, row);
+    if (part)
+      most = p.is_double ? largest_cotangent<double>(p, row) : largest_cotangent<float>(p, row);
     p.live[row] = (part ? kTakesPart : 0) | (most == 0.f ? 0 : kLive);
   }
   most = block_largest(most);
@@ -71,7 +79,9 @@ namespace {
 constexpr int kRounds = 8, kPass = 1024 * kRounds;
 
 // A thread's first row of a pass: each warp takes 256 rows that follow one another.
-__device__ __forceinline__ i64 first_row(i64 pass) { return pass + threadIdx.x / 32 * (32 * kRounds) + (threadIdx.x & 31); }
+__device__ __forceinline__ i64 first_row(i64 pass) {
+  return pass + threadIdx.x / 32 * (32 * kRounds) + (threadIdx.x & 31);
+}
 
 // Which of a thread's rows of a pass take part; bit i: row `first` + 32 i. All loads fly at once.
 __device__ __forceinline__ u32 flagged(const unsigned char* flags, int mask, i64 first, i64 total) {
@@ -96,11 +106,13 @@ __device__ __forceinline__ u32 not_ignored(const Targets& t, i64 first, i64 tota
     return bits;
   }
 #pragma unroll 1
-  for (int i = 0; 32 * i < left && i < kRounds; i++) bits |= (is_ignored(t, first + 32 * i) ? 0u : 1u) << i;
+  for (int i = 0; 32 * i < left && i < kRounds; i++)
+    bits |= (is_ignored(t, first + 32 * i) ? 0u : 1u) << i;
   return bits;
 }
 
-// Whether enough rows are live that all that were kept are taken again, the others with coefficients of 0. One block.
+// Whether enough rows are live that all that were kept are taken again, the others with
+// coefficients of 0. One block.
 __device__ __forceinline__ bool takes_all(const SelectParams& p) {
   __shared__ int total[2][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -124,10 +136,13 @@ __device__ __forceinline__ bool takes_all(const SelectParams& p) {
 __device__ void make_scalars(const SelectParams& p) {
   const int lane = threadIdx.x;
   if (lane >= 32) return;
-  const double scale = !p.scale_at ? p.scale : p.is_double ? *(const double*)p.scale_at : *(const float*)p.scale_at;
+  const double scale = !p.scale_at   ? p.scale
+                       : p.is_double ? *(const double*)p.scale_at
+                                     : *(const float*)p.scale_at;
   float most = 0.f;
-  in_batches<4>(lane, 32, (int)p.blocks, [&](int i) { return p.block_max[i]; },
-                [&](int, float x) { most = x > most || is_nan(x) ? x : most; });
+  in_batches<4>(
+      lane, 32, (int)p.blocks, [&](int i) { return p.block_max[i]; },
+      [&](int, float x) { most = x > most || is_nan(x) ? x : most; });
   most = warp_max(most);
   // Nothing to normalise by: no cotangent at all, or one that is inf or nan and must stay so.
   if (!(most > 0.f) || most == infinity()) most = 1.f;
@@ -137,9 +152,9 @@ __device__ void make_scalars(const SelectParams& p) {
 
 }  // namespace
 
-// One block of 1024, 8192 rows a pass: a warp counts its 256, reads what the others counted, and writes. A second block,
-// where it is launched, makes the scalars.
-extern "C" __global__ void __launch_bounds__(1024, 1) select_rows(const __grid_constant__ SelectParams p) {
+// One block of 1024, 8192 rows a pass: a warp counts its 256, reads what the others counted, and
+// writes. A second block, where it is launched, makes the scalars.
+KERNEL(select_rows, SelectParams, 1024, 1) {
   if (blockIdx.x == 1) return make_scalars(p);
   __shared__ int counts[2][32];  // of this pass and of the one before, which a warp may still read
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
@@ -148,7 +163,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) select_rows(const __grid_c
 #pragma unroll 1
   for (i64 pass = 0; pass < p.total; pass += kPass, turn ^= 1) {
     const i64 first = first_row(pass);
-    const u32 live = p.live ? flagged(p.live, all_kept ? kTakesPart : kLive, first, p.total) : not_ignored(p.targets, first, p.total);
+    const u32 live = p.live ? flagged(p.live, all_kept ? kTakesPart : kLive, first, p.total)
+                            : not_ignored(p.targets, first, p.total);
     u32 votes[kRounds];
     int mine = 0;
 #pragma unroll
@@ -187,18 +203,20 @@ extern "C" __global__ void __launch_bounds__(1024, 1) select_rows(const __grid_c
   }
 }
 
-// -- packing ----------------------------------------------------------------------------------------------------------
+// -- packing ------------------------------------------------------------------------------------
 namespace {
 
 // A warp copies a row; zeros to the pitch.
 template <class T>
-__device__ __forceinline__ void copy_row(T* out, const T* in, i64 stride, int features, i64 pitch, int lane) {
+__device__ __forceinline__ void copy_row(T* out, const T* in, i64 stride, int features, i64 pitch,
+                                         int lane) {
   constexpr int kPack = 16 / sizeof(T);
   int d = lane;
   if (stride == 1 && is_aligned(in) && is_aligned(out)) {
     const int whole = features / kPack;
-    in_batches<4>(lane, 32, whole, [&](int i) { return __ldg((const uint4*)in + i); },
-                  [&](int i, const uint4& x) { ((uint4*)out)[i] = x; });
+    in_batches<4>(
+        lane, 32, whole, [&](int i) { return __ldg((const uint4*)in + i); },
+        [&](int i, const uint4& x) { ((uint4*)out)[i] = x; });
     d += whole * kPack;
   }
   for (; d < pitch; d += 32) out[d] = d < features ? in[d * stride] : T{};
@@ -211,12 +229,14 @@ __device__ __forceinline__ void gather(const GatherParams& p) {
   if (slot >= zeroed_rows(count, p.padded)) return;
   const bool live = slot < count;
   const T* in = live ? row_of<T>(p.source, row_at(p.list, slot)) : nullptr;
-  copy_row((T*)p.packed + slot * p.pitch, in, p.source.feature_stride, live ? p.features : 0, p.pitch, lane);
+  copy_row((T*)p.packed + slot * p.pitch, in, p.source.feature_stride, live ? p.features : 0,
+           p.pitch, lane);
 }
 
-// One warp a row of the target; one block where slices are summed, for there are few rows then. From packed accumulators
-// (slots), or the slices of a sum, to rows; a row without a slot becomes 0. What its target adds to a row of the input's
-// gradient where exponentials were kept (they are 0 at the target) is added in float.
+// One warp a row of the target; one block where slices are summed, for there are few rows then.
+// From packed accumulators (slots), or the slices of a sum, to rows; a row without a slot becomes
+// 0. What its target adds to a row of the input's gradient where exponentials were kept (they are 0
+// at the target) is added in float.
 template <class Acc, class T>
 __device__ __forceinline__ void scatter(const ScatterParams& p) {
   const bool sliced = p.slices > 1;
@@ -231,7 +251,8 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
   const bf16* w = nullptr;
   if (p.onehot_g && slot >= 0 && *p.kept >= 0) {
     const int y = p.onehot_target[slot];
-    if (y >= 0 && y < p.kept_classes) g = p.onehot_g[slot], w = (const bf16*)p.onehot_w + y * p.onehot_ld;
+    if (y >= 0 && y < p.kept_classes)
+      g = p.onehot_g[slot], w = (const bf16*)p.onehot_w + y * p.onehot_ld;
   }
   // Nothing is read that counts for nothing: 0 times an overflow would be nan.
   auto sum = [&](Acc x, Acc weight, T old) {
@@ -276,22 +297,24 @@ __device__ __forceinline__ void scatter(const ScatterParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) gather_rows_2(const __grid_constant__ GatherParams p) { gather<u16>(p); }
-extern "C" __global__ void __launch_bounds__(256) gather_rows_4(const __grid_constant__ GatherParams p) { gather<u32>(p); }
-extern "C" __global__ void __launch_bounds__(256) gather_rows_8(const __grid_constant__ GatherParams p) { gather<u64>(p); }
+KERNEL(gather_rows_2, GatherParams, 256) { gather<u16>(p); }
+KERNEL(gather_rows_4, GatherParams, 256) { gather<u32>(p); }
+KERNEL(gather_rows_8, GatherParams, 256) { gather<u64>(p); }
 
-extern "C" __global__ void __launch_bounds__(256) scatter_rows_f32_bf16(const __grid_constant__ ScatterParams p) { scatter<float, bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256) scatter_rows_f32_f16(const __grid_constant__ ScatterParams p) { scatter<float, f16>(p); }
-extern "C" __global__ void __launch_bounds__(256) scatter_rows_f32_f32(const __grid_constant__ ScatterParams p) { scatter<float, float>(p); }
-extern "C" __global__ void __launch_bounds__(256) scatter_rows_f64_f64(const __grid_constant__ ScatterParams p) { scatter<double, double>(p); }
+KERNEL(scatter_rows_f32_bf16, ScatterParams, 256) { scatter<float, bf16>(p); }
+KERNEL(scatter_rows_f32_f16, ScatterParams, 256) { scatter<float, f16>(p); }
+KERNEL(scatter_rows_f32_f32, ScatterParams, 256) { scatter<float, float>(p); }
+KERNEL(scatter_rows_f64_f64, ScatterParams, 256) { scatter<double, double>(p); }
 
-// -- target logits ----------------------------------------------------------------------------------------------------
+// -- target logits ------------------------------------------------------------------------------
 namespace {
 
-// One warp a (slot, column). Slots past the live rows fill the neutral reference. On the way live rows are packed, where the
-// products want that; ignored rows of the output become 0; and the list of blocks that a later kernel may add to is emptied.
+// One warp a (slot, column). Slots past the live rows fill the neutral reference. On the way live
+// rows are packed, where the products want that; ignored rows of the output become 0; and the list
+// of blocks that a later kernel may add to is emptied.
 //
-// The row of the input, and where possible the list before it, is asked for before the class is known, whose row is next.
+// The row of the input, and where possible the list before it, is asked for before the class is
+// known, whose row is next.
 template <class T>
 __device__ __forceinline__ void target_logits(const TargetParams& p) {
   using Acc = typename Element<T>::Acc;
@@ -320,16 +343,19 @@ __device__ __forceinline__ void target_logits(const TargetParams& p) {
   const i64 id = p.targets.ids[row * columns + k];
   const T* e = row_of<T>(p.input, row);
   const i64 es = p.input.feature_stride, ws = p.weight.column_stride;
-  const bool wide = es == 1 && ws == 1 && is_aligned(e) && is_aligned(out) && is_aligned(p.weight.data) &&
-                    p.weight.row_stride % kPack == 0 && p.features >= kPack;
+  const bool wide = es == 1 && ws == 1 && is_aligned(e) && is_aligned(out) &&
+                    is_aligned(p.weight.data) && p.weight.row_stride % kPack == 0 &&
+                    p.features >= kPack;
   const int whole = wide ? p.features / kPack : 0, last = whole - 1;
   uint4 a[kBatch];
   if (wide) {
 #pragma unroll
     for (int j = 0; j < kBatch; j++) a[j] = __ldg((const uint4*)e + min(lane + 32 * j, last));
   }
-  const bool padding = p.targets.has_ignore && id == p.targets.ignore, valid = !padding && id >= 0 && id < p.targets.classes;
-  const T* w = (const T*)p.weight.data + id * p.weight.row_stride;  // not read without a class: then z is thrown away
+  const bool padding = p.targets.has_ignore && id == p.targets.ignore,
+             valid = !padding && id >= 0 && id < p.targets.classes;
+  const T* w = (const T*)p.weight.data +
+               id * p.weight.row_stride;  // not read without a class: then z is thrown away
   Acc z = (Acc)0;
 #pragma unroll 1
   for (int first = lane; first < whole; first += 32 * kBatch) {
@@ -360,7 +386,9 @@ __device__ __forceinline__ void target_logits(const TargetParams& p) {
   z = warp_sum(z);
   if (lane != 0) return;
   if (valid) {
-    const Acc bias = p.bias.data ? load_any<Acc>(p.bias.data, (int)p.bias.dtype, id * p.bias.row_stride) : (Acc)0;
+    const Acc bias = p.bias.data
+                         ? load_any<Acc>(p.bias.data, (int)p.bias.dtype, id * p.bias.row_stride)
+                         : (Acc)0;
     const Acc scale = p.scale_at ? *(const Acc*)p.scale_at : (Acc)p.scale;
     z = logit_map(z, scale, bias, (Acc)p.softcap);
   } else {
@@ -373,54 +401,16 @@ __device__ __forceinline__ void target_logits(const TargetParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) target_logits_bf16(const __grid_constant__ TargetParams p) { target_logits<bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256) target_logits_f16(const __grid_constant__ TargetParams p) { target_logits<f16>(p); }
-extern "C" __global__ void __launch_bounds__(256) target_logits_f32(const __grid_constant__ TargetParams p) { target_logits<float>(p); }
-extern "C" __global__ void __launch_bounds__(256) target_logits_f64(const __grid_constant__ TargetParams p) { target_logits<double>(p); }
+KERNEL(target_logits_bf16, TargetParams, 256) { target_logits<bf16>(p); }
+KERNEL(target_logits_f16, TargetParams, 256) { target_logits<f16>(p); }
+KERNEL(target_logits_f32, TargetParams, 256) { target_logits<float>(p); }
+KERNEL(target_logits_f64, TargetParams, 256) { target_logits<double>(p); }
 
-// -- partials to outputs ----------------------------------------------------------------------------------------------
-namespace {
-
-// Block = 32 rows x kSlices slices of the tiles. A slice is folded in order, kBatch tiles asked for before the first is
-// merged: the merges are short chains and would wait for memory one by one. Then neighbouring slices, in a tree.
-template <class Partial, int kSlices, int kBatch>
-__device__ __forceinline__ void finish(const FinishParams& p) {
-  __shared__ __align__(16) unsigned char bytes[kSlices * 32 * sizeof(Partial)];
-  Partial* shared = (Partial*)bytes;
-  const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
-  const i64 row = blockIdx.x * 32ll + lane;
-  const int slot = row >= p.list.total ? -1 : p.list.slots ? p.list.slots[row] : (int)row;
-  Partial state = Partial::empty();
-  if (slot >= 0) {
-    auto load = [&](int tile) {
-      // Columns of this tile: the last one of a launch, and of all launches, is ragged.
-      const int chunk = tile / p.chunk_tiles, in_chunk = (tile - chunk * p.chunk_tiles) * p.tile_columns;
-      const i64 chunk_end = min((i64)p.chunk_columns, p.classes - (i64)chunk * p.chunk_columns);
-      return Partial::load(p, p.part + (i64)tile * p.ld_row + slot, (int)min((i64)p.tile_columns, chunk_end - in_chunk));
-    };
-    const int per = (p.tiles + kSlices - 1) / kSlices, end = min(p.tiles, (slice + 1) * per);
-    in_batches<kBatch>(slice * per, 1, end, load, [&](int, const Partial& next) { state.merge(next); });
-  }
-#pragma unroll
-  for (int step = 1; step < kSlices; step *= 2) {
-    if (slice % (2 * step) == step) shared[threadIdx.x] = state;
-    __syncthreads();  // the right-hand slices are there
-    if (slice % (2 * step) == 0) state.merge(shared[threadIdx.x + 32 * step]);
-  }
-  if (slice == 0 && row < p.list.total) state.finish(p, row, slot);
-}
-
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(512) finish_online(const __grid_constant__ FinishParams p) { finish<OnlinePartial, 16, 8>(p); }
-extern "C" __global__ void __launch_bounds__(512) finish_fixed(const __grid_constant__ FinishParams p) { finish<FixedPartial, 16, 8>(p); }
-extern "C" __global__ void __launch_bounds__(512) finish_fixed_moment(const __grid_constant__ FinishParams p) { finish<FixedMomentPartial, 16, 8>(p); }
-extern "C" __global__ void __launch_bounds__(256) finish_full(const __grid_constant__ FinishParams p) { finish<FullPartial, 8, 4>(p); }
-
-// -- coefficients of the gradient tile --------------------------------------------------------------------------------
-// dz = r (a + b t) + c + d z off the target, with t = z - rest and r = exp(t); at the target c + d z + e.
-// rest_entropy = rest - mean over r, so a = g_rest - g_entropy rest_entropy keeps its digits.
-extern "C" __global__ void __launch_bounds__(256) row_coefficients(const __grid_constant__ CoefficientParams p) {
+// -- coefficients of the gradient tile ----------------------------------------------------------
+// dz = r (a + b t) + c + d z off the target, with t = z - rest and r = exp(t); at the target c + d
+// z + e. rest_entropy = rest - mean over r, so a = g_rest - g_entropy rest_entropy keeps its
+// digits.
+KERNEL(row_coefficients, CoefficientParams, 256) {
   const int slot = blockIdx.x * 256 + threadIdx.x;
   if (slot >= p.padded) return;
   float a = 0.f, b = 0.f, c = 0.f, d = 0.f, e = 0.f, rest = infinity();
@@ -430,7 +420,8 @@ extern "C" __global__ void __launch_bounds__(256) row_coefficients(const __grid_
     const float norm = p.scalars->inverse;
     auto get = [&](const void* field) { return field ? ((const float*)field)[row] : 0.f; };
     auto grad = [&](const void* field) { return norm * get(field); };
-    const float g_entropy = grad(p.grad.entropy), g_variance = 2.f / (float)p.classes * grad(p.grad.variance);
+    const float g_entropy = grad(p.grad.entropy),
+                g_variance = 2.f / (float)p.classes * grad(p.grad.variance);
     rest = get(p.saved.rest);
     a = grad(p.grad.rest);
     if (g_entropy != 0.f) {
@@ -463,93 +454,27 @@ extern "C" __global__ void __launch_bounds__(256) row_coefficients(const __grid_
 }
 
 // One thread a slot: the maximum's class lies in one tile of each row.
-extern "C" __global__ void __launch_bounds__(256) add_maximum(const __grid_constant__ AddMaximumParams p) {
+KERNEL(add_maximum, AddMaximumParams, 256) {
   const int slot = blockIdx.x * 256 + threadIdx.x;
   if (slot >= live_count(p.list)) return;
   const i64 row = row_at(p.list, slot), column = p.saved.argmax[row] - p.column0;
   if (column < 0 || column >= p.width) return;
-  const float z = ((const float*)p.saved.max)[row], ratio = p.softcap > 0. ? z / (float)p.softcap : 0.f;
+  const float z = ((const float*)p.saved.max)[row],
+              ratio = p.softcap > 0. ? z / (float)p.softcap : 0.f;
   const float g = p.scalars->inverse * ((const float*)p.grad.max)[row] * (1.f - ratio * ratio);
   const i64 at = slot * p.tile.row_stride + column;
-  store_any<float>(p.tile.data, (int)p.tile.dtype, at, load_any<float>(p.tile.data, (int)p.tile.dtype, at) + g);
+  store_any<float>(p.tile.data, (int)p.tile.dtype, at,
+                   load_any<float>(p.tile.data, (int)p.tile.dtype, at) + g);
 }
 
-// -- small sums -------------------------------------------------------------------------------------------------------
-// Block = 32 columns x 8 slices of the rows.
-extern "C" __global__ void __launch_bounds__(256) column_sum(const __grid_constant__ ColumnSumParams p) {
-  __shared__ double shared[8][32];
-  const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
-  const i64 column = blockIdx.x * 32ll + lane, live = p.count ? *p.count : p.rows, rows = (live + p.group - 1) / p.group;
-  if (live < 0) return;
-  double total = 0.;
-  if (column < p.columns) {
-    // Short float runs keep the order and the speed; their totals are folded in double.
-    for (i64 first = slice; first < rows; first += 8 * 64) {
-      float run = 0.f;
-      double wide = 0.;
-      for (i64 row = first; row < min(rows, first + 8 * 64); row += 8) {
-        const i64 at = row * p.tile.row_stride + column * p.tile.column_stride;
-        if (p.tile.dtype == 1) {
-          wide += ((const double*)p.tile.data)[at];
-        } else {
-          const bool target = p.target && p.target[row] == p.column0 + column;
-          const float x = target ? p.value[row] : load_any<float>(p.tile.data, (int)p.tile.dtype, at);
-          run += x * (p.weights ? p.weights[row] : 1.f);
-        }
-      }
-      total += run + wide;
-    }
-  }
-  shared[slice][lane] = total;
-  __syncthreads();
-  if (slice != 0 || column >= p.columns) return;
-  for (int i = 1; i < 8; i++) total += shared[i][lane];
-  const i64 to = (p.column0 + column) * p.out.row_stride;
-  store_any<double>(p.out.data, (int)p.out.dtype, to, total * (p.factor ? *p.factor : 1.));
-}
-
-// One warp a row.
-extern "C" __global__ void __launch_bounds__(256) row_dots(const __grid_constant__ DotParams p) {
-  const i64 row = blockIdx.x * 8ll + threadIdx.x / 32;
-  const int lane = threadIdx.x & 31;
-  if (row >= p.rows) return;
-  double total = 0.;
-  if (row < (p.count ? *p.count : p.rows))
-    for (int d = lane; d < p.features; d += 32)
-      total += load_any<double>(p.input.data, (int)p.input.dtype, row * p.input.row_stride + d * p.input.column_stride) *
-               load_any<double>(p.gradient.data, (int)p.gradient.dtype, row * p.gradient.row_stride + d * p.gradient.column_stride);
-  total = warp_sum(total);
-  if (lane == 0) p.partial[row] = total;
-}
-
-// One thread a row.
-extern "C" __global__ void __launch_bounds__(256) absorb_dots(const __grid_constant__ AbsorbDotParams p) {
-  const i64 row = blockIdx.x * 256ll + threadIdx.x;
-  if (row >= p.rows) return;
-  double total = p.first ? 0. : p.partial[row];
-  if (row < (p.count ? *p.count : p.rows))
-    for (int tile = 0; tile < p.tiles; tile++) total += __ldg(p.part + (i64)tile * p.ld_row + row);
-  p.partial[row] = total;
-}
-
-// One block of 256.
-extern "C" __global__ void __launch_bounds__(256) fold_dots(const __grid_constant__ DotParams p) {
-  __shared__ double shared[8];
-  double total = 0.;
-  for (i64 row = threadIdx.x; row < p.rows; row += 256) total += p.partial[row];
-  total = warp_sum(total);
-  if ((threadIdx.x & 31) == 0) shared[threadIdx.x / 32] = total;
-  __syncthreads();
-  if (threadIdx.x) return;
-  for (int i = 1; i < 8; i++) total += shared[i];
-  if (p.factor) total *= *p.factor;
-  if (p.is_double) *(double*)p.out = total;
-  else *(float*)p.out = (float)total;
-}
-
-extern "C" __global__ void __launch_bounds__(256) widen_vector(const __grid_constant__ WidenParams p) {
+// -- vectors ------------------------------------------------------------------------------------
+KERNEL(widen_vector, WidenParams, 256) {
   const i64 i = blockIdx.x * 256ll + threadIdx.x;
   if (i >= p.length) return;
-  if (p.is_double) ((double*)p.out)[i] = load_any<double>(p.source.data, (int)p.source.dtype, i * p.source.row_stride);
-  else ((float*)p.out)[i] = load_any<float>(p.source.data, (int)p.source.dtype, i * p.source.row_stride);
+  if (p.is_double)
+    ((double*)p.out)[i] =
+        load_any<double>(p.source.data, (int)p.source.dtype, i * p.source.row_stride);
+  else
+    ((float*)p.out)[i] =
+        load_any<float>(p.source.data, (int)p.source.dtype, i * p.source.row_stride);
 }

@@ -20,7 +20,7 @@ __device__ __forceinline__ float softcap_slope(const float* logits, i64 row, flo
 }  // namespace
 
 // One block a listed block of 256 slots, one thread a slot.
-extern "C" __global__ void __launch_bounds__(256) finish_repair(const __grid_constant__ RepairParams p) {
+KERNEL(finish_repair, RepairParams, 256) {
   if ((int)blockIdx.x >= p.gate[0]) return;
   const int slot = p.gate[1 + blockIdx.x] * 256 + threadIdx.x;
   if (slot >= live_count(p.list)) return;
@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(256) finish_repair(const __grid_con
 
 // The distribution over two sets of classes: with shares p and q = 1 - p of them, its entropy is that of the shares and
 // the mean of the sets' own.
-extern "C" __global__ void __launch_bounds__(256) merge_rest(const __grid_constant__ MergeRestParams p) {
+KERNEL(merge_rest, MergeRestParams, 256) {
   const i64 row = blockIdx.x * 256ll + threadIdx.x;
   if (row >= p.list.total || (p.list.slots && p.list.slots[row] < 0)) return;
   const float a = p.kept[row], b = p.rest[row], high = fmaxf(a, b), low = fminf(a, b);
@@ -100,7 +100,7 @@ __device__ __forceinline__ void stored_gradient(const StoredTileParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) stored_gradient_bf16(const __grid_constant__ StoredTileParams p) {
+KERNEL(stored_gradient_bf16, StoredTileParams, 256) {
   if (p.moments) stored_gradient<true>(p);
   else stored_gradient<false>(p);
 }
@@ -273,7 +273,7 @@ __device__ __forceinline__ void list_targets(const StoredOperandsParams& p, int 
 
 // What the backward's products read beside X. Two roles in one launch, for neither fills the device: the first blocks list
 // the slots by class, the others take a row a warp.
-extern "C" __global__ void __launch_bounds__(256) stored_operands_bf16(const __grid_constant__ StoredOperandsParams p) {
+KERNEL(stored_operands_bf16, StoredOperandsParams, 256) {
   const int block = (int)blockIdx.x - p.list_blocks;
   if (block < 0) list_targets(p, blockIdx.x);
   else scale_row(p, block * 8 + (int)threadIdx.x / 32);
@@ -310,8 +310,8 @@ __device__ __forceinline__ void unpack(const UnpackParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) unpack_rows_bf16(const __grid_constant__ UnpackParams p) { unpack<bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256) unpack_rows_f32(const __grid_constant__ UnpackParams p) { unpack<float>(p); }
+KERNEL(unpack_rows_bf16, UnpackParams, 256) { unpack<bf16>(p); }
+KERNEL(unpack_rows_f32, UnpackParams, 256) { unpack<float>(p); }
 
 // -- the frozen head ----------------------------------------------------------------------------------------------------
 // dE_i = scale (v_i sums_i + g_i W[y]), v_i = g_rest e^(reference - rest): one rounding. One block a row of the input.
@@ -375,5 +375,5 @@ __device__ __forceinline__ void frozen_rows(const FrozenParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(256) frozen_rows_bf16(const __grid_constant__ FrozenParams p) { frozen_rows<bf16>(p); }
-extern "C" __global__ void __launch_bounds__(256) frozen_rows_f32(const __grid_constant__ FrozenParams p) { frozen_rows<float>(p); }
+KERNEL(frozen_rows_bf16, FrozenParams, 256) { frozen_rows<bf16>(p); }
+KERNEL(frozen_rows_f32, FrozenParams, 256) { frozen_rows<float>(p); }

@@ -467,9 +467,9 @@ __device__ __forceinline__ void tile_gradient(const TileParams& p) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kThreads) tile_statistics_f32(const __grid_constant__ TileParams p) { tile_statistics<float>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads) tile_statistics_f64(const __grid_constant__ TileParams p) { tile_statistics<double>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads) tile_gradient_bf16(const __grid_constant__ TileParams p) { tile_gradient<float, bf16>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads) tile_gradient_f16(const __grid_constant__ TileParams p) { tile_gradient<float, f16>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads) tile_gradient_f32(const __grid_constant__ TileParams p) { tile_gradient<float, float>(p); }
-extern "C" __global__ void __launch_bounds__(kThreads) tile_gradient_f64(const __grid_constant__ TileParams p) { tile_gradient<double, double>(p); }
+KERNEL(tile_statistics_f32, TileParams, kThreads) { tile_statistics<float>(p); }
+KERNEL(tile_statistics_f64, TileParams, kThreads) { tile_statistics<double>(p); }
+KERNEL(tile_gradient_bf16, TileParams, kThreads) { tile_gradient<float, bf16>(p); }
+KERNEL(tile_gradient_f16, TileParams, kThreads) { tile_gradient<float, f16>(p); }
+KERNEL(tile_gradient_f32, TileParams, kThreads) { tile_gradient<float, float>(p); }
+KERNEL(tile_gradient_f64, TileParams, kThreads) { tile_gradient<double, double>(p); }

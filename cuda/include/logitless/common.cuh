@@ -1,9 +1,28 @@
 // common.cuh - element types, row views and warp sums for the kernels around the products. No CUDA header is included.
 #pragma once
 #include "logitless/params.cuh"
+#include "logitless/ptx/grid.cuh"
 #include "logitless/types.cuh"
 
 namespace logitless {
+
+// -- kernels --------------------------------------------------------------------------------------------------------------
+// What a kernel does first: it lets the one that follows come onto the device, and waits for the one ahead. The host launches
+// all of these with Start::Beside (rust/gpu/src/launch.rs), so that none pays for another's launch; what follows waits too,
+// so that nothing ever runs beside what it reads or overwrites.
+__device__ __forceinline__ void take_turn() {
+  ptx::launch_dependents();
+  ptx::wait_for_grid_ahead();
+}
+
+// KERNEL(name, Params, threads) { body }: a kernel of one parameter struct, `p`, that takes its turn.
+#define KERNEL(name, Params, ...)                                                                        \
+  static __device__ __forceinline__ void name##_body(const Params& p);                                   \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p) {     \
+    take_turn();                                                                                         \
+    name##_body(p);                                                                                      \
+  }                                                                                                      \
+  static __device__ __forceinline__ void name##_body(const Params& p)
 
 // -- element types ------------------------------------------------------------------------------------------------------
 // Codes are those of the binding: 0 f32, 1 f64, 2 bf16, 3 f16.

@@ -233,7 +233,8 @@ struct Sm90Gemm {
   static __device__ __forceinline__ void run(const TensorMap* map_a, const TensorMap* map_b,
                                              const TensorMap* map_d, const GemmParams& p) {
     ptx::launch_dependents();
-    if (p.count && __ldg(p.count) < 0) {  // every block of every cluster, before any barrier
+    // Nothing to do: every block of every cluster, before any barrier.
+    if ((p.count && __ldg(p.count) < 0) || (Epilogue::kGated && p.gate && __ldg(p.gate) == 0)) {
       ptx::wait_for_grid_ahead();
       return;
     }
