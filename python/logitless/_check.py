@@ -41,14 +41,10 @@ class Geometry(NamedTuple):
     )
     lead: Shape  # input.shape[:-1], before the shift
     positions: Shape  # (d1, ..., dK) of the weight
+    rows: int  # of one position: the product of the leading dimensions after the shift
     features: int
     classes: int
     targets: int  # ids a row: 0 without a target and for probabilities, 1 for plain class ids
-
-    @property
-    def rows(self) -> int:
-        """Number of rows of one position: the leading dimensions after the shift."""
-        return prod(self.rows_shape[: len(self.rows_shape) - len(self.positions)])
 
 
 def argument_error(argument: str, value: object, expected: str, remedy: str) -> ArgumentError:
@@ -140,11 +136,12 @@ def geometry(
             "reshape it, or leave it out",
         )
     check_shift(shift, lead)
-    rows_shape = (*lead[:-1], lead[-1] - shift, *positions) if lead else positions
+    rows_lead = (*lead[:-1], lead[-1] - shift) if lead else ()
     kind, targets = _target_kind(
         lead, classes, positions, target_shape, target_is_float, target_weight_shape
     )
-    return Geometry(kind, rows_shape, lead, positions, features, classes, targets)
+    rows_shape, rows = (*rows_lead, *positions), prod(rows_lead)
+    return Geometry(kind, rows_shape, lead, positions, rows, features, classes, targets)
 
 
 def _target_kind(

@@ -24,10 +24,11 @@ def gradient_mask(*tensors: Optional, grad_buffer: Optional = None) -> int:
     """Bits of those of (input, weight, bias, scale, dense) that a gradient may be asked for."""
     if not torch.is_grad_enabled():
         return 0
-    mask = 0 if grad_buffer is None else WEIGHT
-    for bit, tensor in zip(BITS, tensors, strict=True):
+    mask, bit = 0 if grad_buffer is None else WEIGHT, 1
+    for tensor in tensors:
         if tensor is not None and tensor.requires_grad:
             mask |= bit
+        bit <<= 1
     return mask
 
 

@@ -33,7 +33,7 @@ def applies(geometry: Geometry, *tensors: Optional) -> bool:
         geometry.kind == "index"
         and not geometry.positions
         and tensors[0] is not None
-        and tensors[0].device.type in ("cpu", "cuda")
+        and (tensors[0].is_cuda or tensors[0].is_cpu)
         and geometry.rows > 0
         and not custom_ops.needed(*tensors)
         and not torch._C._are_functorch_transforms_active()
@@ -135,9 +135,9 @@ def _forward(
     statistics = torch.empty(2 * rows + 1, dtype=dtype, device=device)
     rest, target, share = layout.loss_handles(statistics, rows)
     device_calls.cross_entropy_forward(
-        device,
         problem.plan,
-        *problem.arguments(0, ()),
+        device,
+        *problem.arguments(),
         reduction,
         z_loss_weight,
         layout.field_handle(loss, 0, 1 if reduction else rows, 0),
@@ -204,16 +204,16 @@ class _CrossEntropy(torch.autograd.Function):
         gradient = gradient.contiguous()
         rest, target, share = layout.loss_handles(statistics, call.rows)
         device_calls.cross_entropy_backward(
-            input.device,
             problem.plan,
-            *problem.arguments(0, ()),
+            input.device,
+            *problem.arguments(),
             reduction,
             z_loss_weight,
             rest,
             target,
             layout.field_handle(gradient, 0, 1 if reduction else call.rows, 0),
             kept,
-            *slots.handles(0, ()),
+            *slots.handles(),
             share=share,
             accumulate_weight=slots.accumulates,
             scale=problem.device_scale,

@@ -29,12 +29,11 @@ _CPU: Any = _core
 _CUDA: Any = _core
 
 
-def check(device: torch.device) -> None:
+def check(input: torch.Tensor) -> None:
     """Refuse a device without an engine, and say what to do."""
-    if device.type in ("cpu", "meta"):
+    if input.is_cpu or input.is_meta or (input.is_cuda and hasattr(_core, "cuda_forward")):
         return
-    if device.type == "cuda" and hasattr(_core, "cuda_forward"):
-        return
+    device = input.device
     reason = "this build has no CUDA engine" if device.type == "cuda" else "there is none for it"
     raise ArgumentError(
         f"input.device = {device}: expected a device with an engine ({reason}); "
@@ -65,8 +64,8 @@ def _cached(name: str, *arguments: Any) -> Any:
 
 
 def forward(
-    device: torch.device,
     plan: Any,
+    device: torch.device,
     *arguments: Any,
     scale: Handle | None = None,
     lent: Handle | None = None,
@@ -75,7 +74,7 @@ def forward(
 
     `scale` is a logit scale that lives on the device, `lent` the memory of d_weight.
     """
-    if device.type == "cuda":
+    if not isinstance(plan, _core.Plan):
         scratch = torch.empty(plan.forward_bytes, dtype=torch.uint8, device=device)
         _CUDA.cuda_forward(*arguments, *_launch(device, plan, scratch), scale, lent)
     else:
@@ -83,15 +82,15 @@ def forward(
 
 
 def backward(
-    device: torch.device,
     plan: Any,
+    device: torch.device,
     *arguments: Any,
     scale: Handle | None = None,
     accumulate_weight: bool = False,
     lent: Handle | None = None,
 ) -> None:
     """Run `_core.backward`, or its CUDA twin, which can add to d_weight."""
-    if device.type == "cuda":
+    if not isinstance(plan, _core.Plan):
         scratch = torch.empty(plan.backward_bytes, dtype=torch.uint8, device=device)
         launch = _launch(device, plan, scratch)
         _CUDA.cuda_backward(*arguments, *launch, accumulate_weight, scale, lent)
@@ -100,8 +99,8 @@ def backward(
 
 
 def cross_entropy_forward(
-    device: torch.device,
     plan: Any,
+    device: torch.device,
     *arguments: Any,
     share: Handle,
     scale: Handle | None,
@@ -111,7 +110,7 @@ def cross_entropy_forward(
 
     The twin keeps in `share` what a reduction multiplies each row by; nobody reads it on the host.
     """
-    if device.type == "cuda":
+    if not isinstance(plan, _core.Plan):
         scratch = torch.empty(plan.forward_bytes, dtype=torch.uint8, device=device)
         launch = _launch(device, plan, scratch)
         _CUDA.cuda_cross_entropy_forward(*arguments, *launch, share, scale, lent)
@@ -120,8 +119,8 @@ def cross_entropy_forward(
 
 
 def cross_entropy_backward(
-    device: torch.device,
     plan: Any,
+    device: torch.device,
     *arguments: Any,
     share: Handle,
     accumulate_weight: bool,
@@ -129,7 +128,7 @@ def cross_entropy_backward(
     lent: Handle | None,
 ) -> None:
     """Run `_core.cross_entropy_backward`, or its CUDA twin."""
-    if device.type == "cuda":
+    if not isinstance(plan, _core.Plan):
         scratch = torch.empty(plan.cross_entropy_bytes, dtype=torch.uint8, device=device)
         launch = _launch(device, plan, scratch)
         _CUDA.cuda_cross_entropy_backward(
@@ -145,10 +144,9 @@ def _launch(device: torch.device, plan: Any, scratch: torch.Tensor) -> tuple[Any
     The caller holds the scratch until the call returns: it then goes back to torch's allocator,
     which reuses it in stream order.
     """
-    index = _index(device)
     # torch.cuda.current_stream makes an object of this number.
-    stream = torch._C._cuda_getCurrentRawStream(index)
-    return (plan, 0, index, stream, torch_handle(scratch))
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    return (plan, 0, device.index, stream, torch_handle(scratch))
 
 
 def _index(device: torch.device) -> int:

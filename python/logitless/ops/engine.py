@@ -123,9 +123,10 @@ def forward(
     rows, device = call.rows, tensors.input.device
     positions = list(product(*map(range, call.positions)))
     count, accumulation = len(positions), call.accumulation
+    shape = (count, rows) if call.positions else call.rows_shape
     outputs = [
         torch.empty(
-            (count, rows, columns) if columns else (count, rows),
+            (*shape, columns) if columns else shape,
             dtype=torch.int64 if integer else accumulation,
             device=device,
         )
@@ -136,14 +137,15 @@ def forward(
         problem = Problem(call, tensors, loan)
         store = problem.store(loan, tensors.weight)
         kept, lent = kept_handles(store, loan)
+        spec = _spec(call)
         for index, position in enumerate(positions):
             device_calls.forward(
-                device,
                 problem.plan,
-                problem.spec,
+                device,
+                spec,
                 *problem.arguments(index, position),
                 problem.vectors,
-                problem.dense_handle(index),
+                problem.dense(index),
                 tuple(
                     layout.field_handle(output, index, rows, columns)
                     for output, (_, columns, _) in zip(outputs, call.fields, strict=True)
@@ -152,10 +154,12 @@ def forward(
                 scale=problem.device_scale,
                 lent=lent,
             )
-    return tuple(
-        layout.to_rows(output, call.rows_shape, count, columns)
-        for output, (_, columns, _) in zip(outputs, call.fields, strict=True)
-    ), store
+    if call.positions:
+        outputs = [
+            layout.to_rows(output, call.rows_shape, count, columns)
+            for output, (_, columns, _) in zip(outputs, call.fields, strict=True)
+        ]
+    return tuple(outputs), store
 
 
 def backward(
@@ -183,7 +187,7 @@ def backward(
         return slots.zero().results()
     problem = Problem(call, tensors, loan)
     kept, lent = kept_handles(store, loan)
-    columns = [c for _, c, _ in call.fields]
+    spec, columns = _spec(call), [c for _, c, _ in call.fields]
     saved = [
         layout.to_positions(field, count, c, field.dtype)
         for field, c in zip(fields, columns, strict=True)
@@ -194,12 +198,12 @@ def backward(
     ]
     for index, position in enumerate(positions):
         device_calls.backward(
-            tensors.input.device,
             problem.plan,
-            problem.spec,
+            tensors.input.device,
+            spec,
             *problem.arguments(index, position),
             problem.vectors,
-            problem.dense_handle(index),
+            problem.dense(index),
             tuple(
                 layout.field_handle(field, index, rows, c)
                 for field, c in zip(saved, columns, strict=True)
@@ -264,7 +268,7 @@ class Slots:
         dtype, accumulation = like.dtype, self.call.accumulation
         return dtype if dtype is self.call.dtype or dtype is accumulation else accumulation
 
-    def handles(self, index: int, position: tuple[int, ...]) -> tuple[Handle | None, ...]:
+    def handles(self, index: int = 0, position: tuple[int, ...] = ()) -> tuple[Handle | None, ...]:
         """Return the handles of d_input, d_weight, d_bias and d_scale of one head."""
         return (
             self.rows,
@@ -311,67 +315,53 @@ class Problem:
 
     def __init__(self, call: Call, tensors: Tensors, loan: Loan | None = None) -> None:
         input, weight, bias, scale, dense, ids, vectors = tensors
-        dtype = call.dtype
-        self.call = call
-        self.input, self.input_rows = layout.rows_handle(layout.plain(input, dtype), call.shift)
-        self.weight = layout.plain(weight, dtype)
-        self.bias = None if bias is None else layout.plain(bias, dtype)
-        self.ids = ids
+        dtype, device, positions = call.dtype, input.device, call.positions
+        self.call, self.device = call, device
+        self._input, self._rows = layout.rows_handle(layout.plain(input, dtype), call.shift)
+        self._weight = layout.plain(weight, dtype)
+        self._bias = None if bias is None else layout.plain(bias, dtype)
+        self._head = layout.class_handle(self._weight, (0,) * len(positions))
+        self._ids = ids
         if ids is not None:
-            self.ids = layout.to_positions(ids, prod(call.positions), call.targets, torch.int64)
-        self.scale, self.device_scale = call.logit_scale, None
+            self._ids = layout.to_positions(ids, prod(positions), call.targets, torch.int64)
+        self._scale, self.device_scale = call.logit_scale, None
         if scale is not None and scale.is_cuda:
             # Reading it would wait for the device.
-            self._scale = scale.detach().to(call.accumulation).reshape(1)
-            self.device_scale = torch_handle(self._scale)
+            self._scale_there = scale.detach().to(call.accumulation).reshape(1)
+            self.device_scale = torch_handle(self._scale_there)
         elif scale is not None:
-            self.scale = float(scale)
-        self.dense = (
-            None
-            if dense is None
-            else layout.dense_rows(dense, call.rows, call.positions, call.shift)
-        )
+            self._scale = float(scale)
+        self._dense = dense
+        if dense is not None:
+            self._dense = layout.dense_rows(dense, call.rows, positions, call.shift)
         self.vectors = None if vectors is None else torch_handle(vectors)
-        address, _, shape, strides = layout.class_handle(self.weight, (0,) * len(call.positions))
-        self.plan = _plan(
-            call,
-            input.device,
-            address % _ALIGNMENT,
-            shape,
-            strides,
-            None if loan is None else loan.lends,
-        )
-
-    @property
-    def spec(self) -> Any:
-        """The statistics, as the core's object."""
-        return _spec(self.call)
+        address, _, shape, strides = self._head
+        lends = None if loan is None else loan.lends
+        self.plan = _plan(call, device, address % _ALIGNMENT, shape, strides, lends)
 
     def store(self, loan: Loan | None, weight: Tensor) -> Optional:
         """Allocate what the forward keeps for the backward, if not in the loan that it takes."""
         if loan is not None and loan.take(self.plan, weight):
             return None
         size = self.plan.store_bytes
-        return torch.empty(size, dtype=torch.uint8, device=self.input.device) if size else None
+        return torch.empty(size, dtype=torch.uint8, device=self.device) if size else None
 
-    def arguments(self, index: int, position: tuple[int, ...]) -> tuple[Any, ...]:
+    def arguments(self, index: int = 0, position: tuple[int, ...] = ()) -> tuple[Any, ...]:
         """The arguments that every entry point of the engine begins with, after the spec."""
-        call = self.call
+        call, ids, bias = self.call, self._ids, self._bias
         return (
-            self.input_rows,
-            layout.class_handle(self.weight, position),
-            None if self.bias is None else layout.class_handle(self.bias, position),
-            None
-            if self.ids is None
-            else layout.field_handle(self.ids, index, call.rows, call.targets),
+            self._rows,
+            layout.class_handle(self._weight, position) if position else self._head,
+            None if bias is None else layout.class_handle(bias, position),
+            None if ids is None else layout.field_handle(ids, index, call.rows, call.targets),
             call.ignore_index,
-            self.scale,
+            self._scale,
             call.softcap,
         )
 
-    def dense_handle(self, index: int) -> Handle | None:
-        """The handle of the dense weights of one head."""
-        return None if self.dense is None else torch_handle(self.dense[..., index])
+    def dense(self, index: int) -> Handle | None:
+        """The dense weights of one head."""
+        return None if self._dense is None else torch_handle(self._dense[..., index])
 
 
 def _rounded(gradient: Optional, like: Optional) -> Optional:

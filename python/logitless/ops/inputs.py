@@ -53,7 +53,7 @@ def inspect(
         )
     _check_same_dtype("linear_weight", linear_weight, input)
     _check_same_device("linear_weight", linear_weight, device)
-    device_calls.check(device)
+    device_calls.check(input)
     if linear_bias is not None:
         _check_tensor("linear_bias", linear_bias)
         _check_same_dtype("linear_bias", linear_bias, input)
@@ -131,6 +131,8 @@ def per_row(argument: str, value: Tensor, geometry: Geometry, shift: int, like: 
 
 def logit_scale(value: float | Tensor) -> tuple[float, Tensor | None]:
     """Split a scale into a number and a 0-d tensor: one of them counts."""
+    if type(value) is float:
+        return value, None
     if isinstance(value, torch.Tensor):
         if value.dim() != 0 or not value.dtype.is_floating_point:
             raise argument_error(
@@ -149,7 +151,10 @@ def logit_scale(value: float | Tensor) -> tuple[float, Tensor | None]:
 
 def compute_dtype(input: Tensor) -> torch.dtype:
     """Return the dtype of the products: the input's, or what autocast makes of a linear layer."""
-    dtype, kind = input.dtype, input.device.type
+    dtype = input.dtype
+    if not torch._C._is_any_autocast_enabled():
+        return dtype
+    kind = input.device.type
     # autocast leaves float64 alone, and meta tensors have no autocast of their own.
     if dtype is not torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from math import prod
 
-from logitless._arrays import Handle, torch_handle
+from logitless._arrays import Handle, torch_code, torch_handle
 from logitless._extras import torch
 
 __all__ = [
@@ -60,9 +60,10 @@ def rows_handle(tensor: torch.Tensor, shift: int) -> tuple[torch.Tensor, Handle]
 
 def class_handle(tensor: torch.Tensor, position: tuple[int, ...]) -> Handle:
     """Read one head of (V, d1, ..., dK, D) or (V, d1, ..., dK): its weight or its bias."""
-    address, code, shape, strides = torch_handle(tensor)
+    handle = torch_handle(tensor)
     if not position:
-        return (address, code, shape, strides)
+        return handle
+    address, code, shape, strides = handle
     extra = len(position)
     offset = sum(index * stride for index, stride in zip(position, strides[1:], strict=False))
     return (
@@ -75,8 +76,9 @@ def class_handle(tensor: torch.Tensor, position: tuple[int, ...]) -> Handle:
 
 def field_handle(tensor: torch.Tensor, index: int, rows: int, columns: int) -> Handle:
     """Read head `index` of a contiguous (P, N[, columns]) tensor; columns 0 means none."""
-    address, code, _, _ = torch_handle(tensor)
-    address += index * rows * max(columns, 1) * tensor.element_size()
+    address, code = tensor.data_ptr(), torch_code(tensor.dtype)
+    if index:
+        address += index * rows * max(columns, 1) * tensor.element_size()
     if columns:
         return (address, code, (rows, columns), (columns, 1))
     return (address, code, (rows,), (1,))
@@ -84,7 +86,7 @@ def field_handle(tensor: torch.Tensor, index: int, rows: int, columns: int) -> H
 
 def loss_handles(tensor: torch.Tensor, rows: int) -> tuple[Handle, Handle, Handle]:
     """Read (2 N + 1,) as what a cross entropy keeps: rest (N,), target (N, 1) and a share ()."""
-    address, code, _, _ = torch_handle(tensor)
+    address, code = tensor.data_ptr(), torch_code(tensor.dtype)
     step = rows * tensor.element_size()
     return (
         (address, code, (rows,), (1,)),
