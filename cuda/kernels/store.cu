@@ -132,13 +132,19 @@ __device__ __forceinline__ RowFactors factors_of(const FactorParams& p, int slot
   return f;
 }
 
-// One warp a slot: its factors, and its row of the input times them. The row is asked for first.
+// One warp a slot: its factors, and its row of the input times them. The row is asked for first. And a row of the input's
+// gradient that no product will write.
 __device__ __forceinline__ void scale_row(const StoredOperandsParams& p, int slot) {
   constexpr int kBatch = 4;
   const FactorParams& f = p.factors;
   const GatherParams& g = p.scaled;
   const int lane = threadIdx.x & 31, count = live_count(f.list);
   bf16* out = (bf16*)g.packed + slot * g.pitch;
+  // Here the warp's number is a row's.
+  if (p.clear && slot < f.list.total && f.list.slots[slot] < 0) {
+    uint4* nothing = (uint4*)p.clear + (i64)slot * (g.features / 8);
+    for (int d = lane; d < g.features / 8; d += 32) nothing[d] = {};
+  }
   if (slot >= count) {
     if (slot < zeroed_rows(count, g.padded))
       for (int d = lane; d < g.pitch; d += 32) out[d].bits = 0;

@@ -31,6 +31,7 @@ struct GemmParams {
   i64 onehot_ld;
   const int* onehot_start;   // dw: (m + 1) D[c] += sum of onehot_g[e] * onehot_w[onehot_rows[e]] over the entries
   const int* onehot_rows;    //     e from onehot_start[c] to onehot_start[c + 1]. null: nothing
+                             // de: row i of the result goes to row onehot_rows[i] of D. null: to row i
   const float* scale_at; // device: logit_scale; null: `scale`
   float* columns;       // gradient_sums: (m / 16, ldd) sums of D over 16 rows, or null
   float* dots;          // gradient_sums: (class blocks, ld_row) sums of D (E W^T) over a row's block, or null
@@ -322,10 +323,11 @@ struct StoredOperandsParams {
   FactorParams factors;
   GatherParams scaled;     // rows of the input times `factor` and logit_scale, zero-filled like gather_rows; of that list
   ListTargetsParams lists;
+  void* clear;             // (N, features), 16-byte rows: those of the caller's rows without a slot become 0. null: nothing
   int list_blocks;         // ceil((classes + 1) / 512), before those of the rows; 0: no lists
   int reserved;
 };
-static_assert(sizeof(StoredOperandsParams) == 312, "mirror rust/gpu/src/params");
+static_assert(sizeof(StoredOperandsParams) == 320, "mirror rust/gpu/src/params");
 
 // merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes; and the entropy.
 struct MergeRestParams {

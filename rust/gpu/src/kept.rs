@@ -55,6 +55,7 @@ impl Backward<'_> {
             input: self.packed,
             input_rows: self.packed_rows,
             largest: Some(self.layout.scalars),
+            clear: 0,
         })
     }
 

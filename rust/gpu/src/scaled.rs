@@ -31,6 +31,8 @@ pub(crate) struct Scaled<'a> {
     /// The device's scalars: factors are divided by the largest cotangent, and whoever uses them
     /// multiplies by it and by the logit scale. None: they contain both.
     pub largest: Option<usize>,
+    /// The input's gradient, where the product writes the rows that have slots; 0: not it.
+    pub clear: usize,
 }
 
 impl Scaled<'_> {
@@ -48,7 +50,7 @@ impl Scaled<'_> {
     }
 
     /// Makes the factors of the rows, the input scaled by them, and lists of the rows whose target is
-    /// one of the first `classes` classes.
+    /// one of the first `classes` classes. Clears what no product writes.
     pub unsafe fn make(&self, classes: usize) -> Result<()> {
         let (call, buffers) = (self.call, self.buffers);
         let factors = params::Factors {
@@ -88,7 +90,10 @@ impl Scaled<'_> {
             // Else of the scaled input: rounded twice.
             by_slot: i32::from(self.whole().is_none()),
         });
-        let params = params::StoredOperands::new(factors, gather, lists);
+        let params = params::StoredOperands {
+            clear: self.clear,
+            ..params::StoredOperands::new(factors, gather, lists)
+        };
         // SAFETY: operands checked, buffers of the layouts.
         unsafe { call.stream.launch("stored_operands_bf16", (params.blocks(), 1), 256, 0, &params) }
     }

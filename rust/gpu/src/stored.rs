@@ -4,7 +4,7 @@
 //! operand: the scaled input for dW, the rows of the result for dE. Where only some classes were kept,
 //! or an entropy is involved, the backward is that of `backward.rs`.
 
-use logitless_core::{DType, Gradients, Tensor};
+use logitless_core::{DType, Gradients};
 
 use crate::call::{Call, row_view};
 use crate::error::Result;
@@ -51,6 +51,7 @@ impl Stored<'_> {
             input: self.packed(layout.packed),
             input_rows: padded(call.rows),
             largest: None,
+            clear: self.in_place().filter(|_| list.slots != 0).map_or(0, |d_input| d_input.address),
         };
         // SAFETY: all of it: operands checked, buffers of the layouts.
         unsafe {
@@ -63,7 +64,7 @@ impl Stored<'_> {
     }
 
     /// The product X W, and how that of the weight may follow. Few rows: sums of each slice of the
-    /// classes. Else in place where rows keep their places, or packed.
+    /// classes. Else rows to their places, or packed.
     unsafe fn input_product(
         &self,
         list: RowList,
@@ -72,7 +73,9 @@ impl Stored<'_> {
         layout: &StoredBackwardLayout,
     ) -> Result<Order> {
         let (call, slices) = (self.call, self.g.slices);
-        let Some(d_input) = &self.gradients.input else { return Ok(Order::After) };
+        if self.gradients.input.is_none() {
+            return Ok(Order::After);
+        }
         let shape = (call.rows, call.features, call.classes);
         let extents = params::Gemm {
             count: list.count,
@@ -96,8 +99,9 @@ impl Stored<'_> {
             (Operation::DeF32, choice, sums, epilogue)
         } else {
             let choice = kernel(call, Operation::De, call.rows, call.features);
-            let d = self.in_place(list, d_input).unwrap_or_else(|| self.packed(layout.gradient));
+            let in_place = self.in_place();
             let epilogue = params::Gemm {
+                onehot_rows: in_place.map_or(0, |_| list.rows),
                 target: store.target,
                 coef: layout.factors.input_factor,
                 onehot_w: call.weight.address,
@@ -106,7 +110,7 @@ impl Stored<'_> {
                 ld_row: padded(call.rows) as i32,
                 ..extents
             };
-            (Operation::De, choice, d, epilogue)
+            (Operation::De, choice, in_place.unwrap_or(self.packed(layout.gradient)), epilogue)
         };
         let operands = Operands { a: x, b: call.weight, d: Some(d) };
         // SAFETY: operands checked, buffers of the layouts.
@@ -114,11 +118,11 @@ impl Stored<'_> {
         Ok(Order::beside(call.stream, &choice, shape, slices))
     }
 
-    /// The gradient of the input where the product can write it, as one matrix.
-    fn in_place(&self, list: RowList, d_input: &Tensor) -> Option<Matrix> {
-        let call = self.call;
+    /// The gradient of the input where the product can write its rows, as one matrix.
+    fn in_place(&self) -> Option<Matrix> {
+        let (call, d_input) = (self.call, self.gradients.input.as_ref()?);
         let whole = Matrix::packed(d_input.address(), call.dtype, call.features, call.features);
-        let direct = list.slots == 0
+        let direct = self.g.slices == 1
             && d_input.is_contiguous()
             && d_input.dtype() == call.dtype
             && !self.gradients.accumulate_input
@@ -152,7 +156,7 @@ impl Stored<'_> {
             // SAFETY: operands checked, buffers of the layouts.
             return unsafe { frozen::launch(call, d_input, &rows) };
         }
-        if self.in_place(list, d_input).is_some() {
+        if self.in_place().is_some() {
             return Ok(());
         }
         let packed = self.packed(layout.gradient);

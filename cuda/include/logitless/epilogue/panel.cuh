@@ -51,6 +51,23 @@ struct PanelStore {
     if (kPanels == 2) current ^= 1;
   }
 
+  // The same, row i of D to row `places[i]` of memory; rows from `live` on and columns from `columns`
+  // on, a multiple of 8, are nowhere. A warp reads the 16 rows that it has put there: 8 lanes write
+  // 128 bytes of one. The next `open` waits for all of them.
+  __device__ __forceinline__ void close_to(u16* out, i64 pitch, const int* places, int live,
+                                           int columns) {
+    __syncwarp();  // every lane's part of the rows is there
+    const int at = column + 8 * (lane & 7);
+#pragma unroll 1  // the accumulators leave no registers for four rows
+    for (int i = 0; i < 4; i++) {
+      const int r = warp * 16 + 4 * i + (lane >> 3);
+      if (row + r >= live || at >= columns) continue;
+      const uint4 x = ptx::load_shared(panel() + r * 128 + (((lane & 7) ^ (r & 7)) << 4));
+      *reinterpret_cast<uint4*>(out + __ldg(places + row + r) * pitch + at) = x;
+    }
+    if (kPanels == 2) current ^= 1;
+  }
+
   // 16 columns (quarter q of a 64-column panel) as halves: v in fragment order.
   __device__ __forceinline__ void put(int q, const float (&v)[8]) {
     const int r = warp * 16 + (lane & 15);

@@ -5,7 +5,8 @@
 
 namespace logitless {
 
-// D = half(alpha * row factor * acc + the targets' part).
+// D = half(alpha * row factor * acc + the targets' part). Where a row's targets come with it and not
+// in lists, rows may go to places of their own.
 template <class Targets, int kStorePanels>
 struct HalfStoreEpilogue {
   static constexpr int kPanels = kStorePanels;
@@ -41,6 +42,12 @@ struct HalfStoreEpilogue {
 #pragma unroll
         for (int i = 0; i < 8; i++) v[i] = acc[32 * panel + 8 * q + i];
         store.put(q, v);
+      }
+      if constexpr (Targets::kPlaces) {
+        if (p.onehot_rows) {
+          store.close_to(static_cast<u16*>(p.d), p.ldd, p.onehot_rows, band.rows, p.n);
+          continue;
+        }
       }
       store.template close<false>();
     }

@@ -14,6 +14,7 @@ namespace logitless {
 
 struct NoTargets {
   static constexpr bool kAhead = false;
+  static constexpr bool kPlaces = false;
   template <class Half, int kColumns>
   static __device__ __forceinline__ void add(float (&)[kColumns / 2], const Band&) {}
 };
@@ -37,6 +38,7 @@ __device__ __forceinline__ void add_row(float (&acc)[kColumns / 2], const Band& 
 
 struct RowTargets {
   static constexpr bool kAhead = false;
+  static constexpr bool kPlaces = true;
   template <class Half, int kColumns>
   static __device__ __forceinline__ void add(float (&acc)[kColumns / 2], const Band& band) {
 #pragma unroll
@@ -53,6 +55,7 @@ struct RowTargets {
 
 struct ClassTargets {
   static constexpr bool kAhead = true;
+  static constexpr bool kPlaces = false;
 
   // Brings what `add` will read of the band into the L1 (lists) and the L2 (rows: a lane takes 128
   // bytes of an entry's).

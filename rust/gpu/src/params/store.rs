@@ -63,13 +63,14 @@ pub struct StoredOperands {
     pub factors: Factors,
     pub scaled: Gather,
     pub lists: ListTargets,
+    pub clear: usize,
     pub list_blocks: i32,
     pub reserved: i32,
 }
-const _: () = assert!(size_of::<StoredOperands>() == 312);
+const _: () = assert!(size_of::<StoredOperands>() == 320);
 
 impl StoredOperands {
-    /// Of one list. Without `lists` none are made.
+    /// Of one list of rows. Without `lists` none are made.
     pub fn new(factors: Factors, scaled: Gather, lists: Option<ListTargets>) -> StoredOperands {
         // A block lists 512 classes; what ends the last list counts as one.
         let list_blocks = lists.map_or(0, |lists| (lists.classes + 1 + 511) / 512);
@@ -77,6 +78,7 @@ impl StoredOperands {
             factors,
             scaled,
             lists: lists.unwrap_or_default(),
+            clear: 0,
             list_blocks,
             reserved: 0,
         }
