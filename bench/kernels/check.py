@@ -113,7 +113,7 @@ class Case:
         return torch.full((m, round_up(n, 8) + 8), math.nan, device=DEVICE, dtype=dtype)
 
     def launch(self, d: Tensor | None = None) -> None:
-        how = {"sweepers": self.clusters, "singles": 2 * self.uneven}
+        how: dict[str, Any] = {"sweepers": self.clusters, "singles": 2 * self.uneven}
         Launch(self.kernels, self.name, self.extents, self.a, self.b, d, **how, **self.fields)()
 
     def result(self, what: str, out: Tensor, wanted: Tensor, most: float) -> None:

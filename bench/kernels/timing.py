@@ -4,6 +4,10 @@
 shape N, D, V the median of launches *interleaved* in random order, and the time of each item
 *sustained*, alone for half a second: a power-limited card ranks kernels differently in the two (an
 item that burns more power slows only itself down in the second).
+
+``--only`` keeps kernels whose name contains it. ``--group 8,11`` times each that reads weights with
+that many rows of 256 in a group of the raster. ``--only DE+DW`` times two kernels one after the
+other, and the second beside the first, its last ``--singles`` tiles handed out one by one.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import random
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from device import Kernels, Launch
@@ -32,7 +37,9 @@ PLANES = {
 Items = dict[str, Callable[[], object]]
 
 
-def items(kernels: Kernels, n: int, d: int, v: int, pattern: str) -> Items:
+def items(
+    kernels: Kernels, n: int, d: int, v: int, pattern: str, groups: list[int], singles: int
+) -> Items:
     """cuBLAS's three products, and every bf16 kernel whose name contains the pattern."""
     w = (torch.randn(v, d, device=DEVICE) * (1.5 / math.sqrt(d))).bfloat16()
     target = torch.randint(0, v, (n,), device=DEVICE)
@@ -48,22 +55,38 @@ def items(kernels: Kernels, n: int, d: int, v: int, pattern: str) -> Items:
     part = torch.empty(7, -(-v // 64), n, device=DEVICE)
     # The shift that the library uses: a row drops less than 2^-10 of its probability.
     shift = 116.0 - math.ceil(math.log2(v))
-    logits = {"ref": rest, "target": target.int(), "coef": coef, "shift": shift, "softcap": 30.0}
+    logits: dict[str, Any] = {
+        "ref": rest,
+        "target": target.int(),
+        "coef": coef,
+        "shift": shift,
+        "softcap": 30.0,
+    }
     logits |= {"part": part, "part_plane": part.stride(0)}
     order = torch.argsort(target, stable=True)
     start = torch.zeros(v + 1, device=DEVICE, dtype=torch.int32)
     start[1:] = torch.bincount(target, minlength=v).cumsum(0)
-    lists = {"onehot_w": e, "onehot_ld": d, "onehot_g": torch.randn(n, device=DEVICE)}
+    lists: dict[str, Any] = {
+        "onehot_w": e,
+        "onehot_ld": d,
+        "onehot_g": torch.randn(n, device=DEVICE),
+    }
     lists |= {"onehot_start": start, "onehot_rows": order.int()}
     out: Items = {"E Wt": lambda: torch.mm(e, w.t(), out=z)}
     for name, kernel in kernels.table.items():
         makes_x = name.startswith("gradient_ce_bf16_p")
-        if not makes_x and (kernel["dtype"] != "bf16" or pattern not in name):
+        wanted = name in pattern.split("+") if "+" in pattern else pattern in name
+        if not makes_x and (kernel["dtype"] != "bf16" or not wanted):
             continue
         operation = kernel["operation"]
         if operation in PLANES or operation.startswith("gradient"):
             store = None if operation in PLANES and not operation.startswith("store") else x
             out[name] = Launch(kernels, name, (n, v, d), e, w, store, **logits)
+            for group in groups:
+                clusters = max(256 * group // (kernel["m"] * kernel["cluster"]), 1)
+                out[f"{name} group {group}"] = Launch(
+                    kernels, name, (n, v, d), e, w, store, **logits, group=clusters
+                )
         elif operation.startswith("dw"):
             result = dw32 if operation.endswith("f32") else dw
             out[name] = Launch(kernels, name, (v, d, n), x, e, result, ld_row=v)
@@ -71,16 +94,39 @@ def items(kernels: Kernels, n: int, d: int, v: int, pattern: str) -> Items:
                 kernels, name, (v, d, n), x, e, result, ld_row=v, **lists
             )
         elif operation == "de":
-            hot = {"onehot_w": w, "onehot_g": rest, "onehot_ld": d, "target": target.int()}
+            hot: dict[str, Any] = {
+                "onehot_w": w,
+                "onehot_g": rest,
+                "onehot_ld": d,
+                "target": target.int(),
+            }
             out[name] = Launch(kernels, name, (n, d, v), x, w, de, coef=coef, **hot)
         elif operation == "de_f32":
             out[name] = Launch(kernels, name, (n, d, v), x, w, de32)
     for name, run in out.items():
         if name.startswith("gradient_ce_bf16_"):
             run()  # the products that follow work on a real gradient
+    if "+" in pattern:
+        first, second = pattern.split("+")
+        out[f"{first}, {second}"] = after(out[first], out[second])
+        for share in sorted({0, singles}):
+            beside = Launch(
+                kernels, second, (v, d, n), x, e, dw, ld_row=v, beside=True, singles=share
+            )
+            out[f"  beside, {share} single tiles"] = after(out[first], beside)
     out["X W"] = lambda: torch.mm(x, w, out=de)
     out["Xt E"] = lambda: torch.mm(x.t(), e, out=dw)
     return out
+
+
+def after(first: Callable[[], object], second: Callable[[], object]) -> Callable[[], object]:
+    """Both, one launch behind the other."""
+
+    def run() -> None:
+        first()
+        second()
+
+    return run
 
 
 def interleaved(table: Items, repeats: int) -> dict[str, float]:
@@ -115,12 +161,15 @@ def main() -> None:
     parser.add_argument("--kernels", type=Path, required=True)
     parser.add_argument("--only", default="")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--group", default="")
+    parser.add_argument("--singles", type=int, default=0)
     parser.add_argument("shapes", nargs="+")
     arguments = parser.parse_args()
     kernels = Kernels(arguments.kernels)
     for shape in arguments.shapes:
         n, d, v = map(int, shape.split(","))
-        table = items(kernels, n, d, v, arguments.only)
+        groups = [int(group) for group in arguments.group.split(",") if group]
+        table = items(kernels, n, d, v, arguments.only, groups, arguments.singles)
         first = interleaved(table, arguments.repeats)
         second = {name: sustained(run, first[name]) for name, run in table.items()}
         print(f"\n{shape}{'':26s} interleaved ms, /E Wt, TFLOP/s     sustained ms, /E Wt, TFLOP/s")
