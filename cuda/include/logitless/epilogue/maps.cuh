@@ -3,8 +3,9 @@
 //   Scaled   z = scale * acc: the factor folds into the exponential's multiplier
 //   Capped   z = softcap * tanh((scale * acc + bias) / softcap): either part may be absent
 //
-// apply() turns accumulators into z / factor() in place, value() makes one z beside its product;
-// slope() is dz/dx.
+// apply() turns accumulators into z / factor() in place (kApart: a nan stays in its column, where
+// that is an output; else it may reach the neighbour in the same row, whose sum it spoils anyway),
+// value() makes one z beside its product; slope() is dz/dx.
 #pragma once
 #include "logitless/epilogue/band.cuh"
 
@@ -19,7 +20,7 @@ struct Scaled {
   static constexpr bool kCapped = false;
   static __device__ __forceinline__ float factor(const GemmParams& p) { return logit_scale(p); }
 
-  template <int kColumns>
+  template <int kColumns, bool kApart = false>
   static __device__ __forceinline__ void apply(float (&)[kColumns / 2], const Band&) {}
 
   static __device__ __forceinline__ float slope(float, float) { return 1.f; }
@@ -29,7 +30,7 @@ struct Capped {
   static constexpr bool kCapped = true;
   static __device__ __forceinline__ float factor(const GemmParams&) { return 1.f; }
 
-  template <int kColumns>
+  template <int kColumns, bool kApart = false>
   static __device__ __forceinline__ void apply(float (&acc)[kColumns / 2], const Band& band) {
     const GemmParams& p = band.p;
     const int column = band.my_column();
@@ -46,9 +47,19 @@ struct Capped {
       for (int k = 0; k < 4; k++) acc[4 * j + k] = fmaf(scale, acc[4 * j + k], b[k & 1]);
     }
     if (p.softcap != 0.f) {
-      const float inverse = 1.f / p.softcap;
+      const float units = 2.f * kLog2e / p.softcap;
 #pragma unroll
-      for (int i = 0; i < kColumns / 2; i++) acc[i] = p.softcap * ptx::tanh(acc[i] * inverse);
+      for (int i = 0; i < kColumns / 2; i += 2) {
+        float x = units * acc[i], y = units * acc[i + 1];
+        if (kApart) {
+          x = ptx::tanh(x);
+          y = ptx::tanh(y);
+        } else {
+          ptx::tanh_pair(x, y);
+        }
+        acc[i] = p.softcap * x;
+        acc[i + 1] = p.softcap * y;
+      }
     }
   }
 
@@ -56,7 +67,7 @@ struct Capped {
   static __device__ __forceinline__ float value(float acc, float scale, float bias, float softcap,
                                                 float inverse) {
     const float x = fmaf(scale, acc, bias);
-    return inverse == 0.f ? x : softcap * ptx::tanh(x * inverse);
+    return inverse == 0.f ? x : softcap * ptx::tanh(2.f * kLog2e * inverse * x);
   }
 
   // 1 - (z / softcap)^2; inverse = 1 / softcap, or 0 without one (z = -inf is a masked class).

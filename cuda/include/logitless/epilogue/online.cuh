@@ -130,7 +130,7 @@ struct OnlineEpilogue {
 
   template <int kColumns, class Store>
   static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band, Store&) {
-    Map::template apply<kColumns>(acc, band);
+    Map::template apply<kColumns, kMoments>(acc, band);  // the maximum's class is an output
     const float factor = Map::factor(band.p);
     if (factor != 1.f) {
 #pragma unroll

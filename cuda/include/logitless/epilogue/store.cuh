@@ -74,7 +74,7 @@ struct FloatStoreEpilogue {
   static __device__ __forceinline__ void run(float (&acc)[kColumns / 2], const Band& band,
                                              Store& store) {
     const GemmParams& p = band.p;
-    if (kMapped) Map::template apply<kColumns>(acc, band);
+    if (kMapped) Map::template apply<kColumns, true>(acc, band);
     const float alpha = kMapped ? Map::factor(p) : p.alpha ? __ldg(p.alpha) : 1.f;
     float a[2] = {alpha, alpha};
     if (kSliced && p.coef) {

@@ -14,10 +14,24 @@ __device__ __forceinline__ float reciprocal(float x) {  // 1 ulp; 1/inf = 0
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 1 - 2 / (1 + e^2x): error 2e-7 absolute (tanh.approx: 5e-4, i.e. 0.015 nats under a softcap of
-// 30), right at +-inf.
+// tanh of half of x ln 2 = 1 - 2 / (1 + 2^x): error 2e-7 absolute (tanh.approx: 5e-4, i.e. 0.015
+// nats under a softcap of 30), right at +-inf.
 __device__ __forceinline__ float tanh(float x) {
-  return fmaf(-2.f, reciprocal(1.f + exp2(2.f * kLog2e * x)), 1.f);
+  return fmaf(-2.f, reciprocal(1.f + exp2(x)), 1.f);
+}
+
+// The same of x and y. A pair shares one reciprocal, 1/a = b / (a b), because three special-function
+// instructions a logit are what a softcap's epilogue waits for. 4e-7 absolute; a nan in one is one
+// in both.
+__device__ __forceinline__ void tanh_pair(float& x, float& y) {
+  float a, b;
+  asm("min.NaN.f32 %0, %1, 0f42700000;" : "=f"(a) : "f"(x));  // 60: the square of 2^60 is finite
+  asm("min.NaN.f32 %0, %1, 0f42700000;" : "=f"(b) : "f"(y));
+  a = 1.f + exp2(a);
+  b = 1.f + exp2(b);
+  const float r = -2.f * reciprocal(a * b);
+  x = fmaf(r, b, 1.f);
+  y = fmaf(r, a, 1.f);
 }
 
 // if (choose) a += x; else b += y; as two predicated adds (the compiler would select four operands,

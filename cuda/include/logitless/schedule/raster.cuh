@@ -1,9 +1,11 @@
 // raster.cuh - which tile comes next.
 //
 // The tiles of D are swept in groups of `group` cluster rows along the columns, cluster row
-// fastest: what runs at one time covers a near-square block of D, so that both operands stay in the
-// L2 (8 x 256 rows measured best; 4 and 16 cost 2-3%). Repairs restrict the rows to a list of
-// 256-row blocks that the device made (GemmParams.gate); an empty list returns at once.
+// fastest. 8 x 256 rows: what runs at one time covers a near-square block of D, which reads least of
+// both operands. More, where the rows of A that every column comes back to stay in the L2: B is
+// then read once a sweep (Choice::group in rust/gpu; E of 16 MB in one sweep for four: -2.5% at
+// D = 1024). Repairs restrict the rows to a list of 256-row blocks that the device made
+// (GemmParams.gate); an empty list returns at once.
 //
 // Few tiles over a long K leave most of the device idle: the sweep then repeats for each of
 // GemmParams.slices shares of K, and every share writes a result of its own (de_f32).
