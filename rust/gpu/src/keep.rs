@@ -16,7 +16,7 @@ use crate::forward::select;
 use crate::layout::{Arena, Geometry, StoreLayout, StoredForwardLayout, padded};
 use crate::params::{self, Fields, RowList};
 use crate::plan::partials;
-use crate::product::{Choice, Matrix, Operands, Operation, choose, tensor_cores};
+use crate::product::{Choice, Matrix, Operands, Operation, Order, choose, ordered, tensor_cores};
 use crate::share::{Lends, Piece, Place};
 
 /// Bytes of an accumulator.
@@ -181,8 +181,9 @@ impl Forward<'_> {
         } else {
             (Operation::StoreExp, "finish_fixed")
         };
+        // Pieces share inputs and nothing else: each fills what the one ahead leaves idle at its end.
         let store = |gate: usize| {
-            let mut tile = 0;
+            let (mut tile, mut order) = (0, Order::After);
             for piece in pieces {
                 let product =
                     params::Gemm { gate, ..self.product(piece.first, piece.count, tile, tiles) };
@@ -190,8 +191,9 @@ impl Forward<'_> {
                 let operands = Operands { a: self.input, b: weight, d: Some(piece.x) };
                 let choice = kernel(call, operation, rows, piece.count);
                 // SAFETY: as for the caller.
-                unsafe { tensor_cores(call.stream, operation, &choice, &operands, product)? };
+                unsafe { ordered(call.stream, order, operation, &choice, &operands, product)? };
                 tile += piece.count.div_ceil(columns);
+                order = Order::beside(call.stream, &choice, (rows, piece.count, call.features), 1);
             }
             Ok::<(), crate::Error>(())
         };

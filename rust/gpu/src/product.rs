@@ -146,6 +146,11 @@ impl Operation {
         }
     }
 
+    /// Whether the clusters of its kernels may have unequal shares.
+    fn uneven(self) -> bool {
+        matches!(self, Operation::Dw | Operation::DwF32)
+    }
+
     /// Whether A and B are stored with K as rows.
     pub fn transposed(self) -> (bool, bool) {
         match self {
@@ -174,8 +179,9 @@ pub(crate) struct Operands {
 pub(crate) enum Order {
     /// It waits for it.
     After,
-    /// They share inputs at most, which were there before the one ahead was launched; neither touches
-    /// what the other writes. This one starts on what the last wave of the one ahead leaves idle.
+    /// They share inputs at most, and neither touches what the other writes. The inputs were there
+    /// before the one ahead was launched, or the first of a row of such products. This one starts on
+    /// what the last wave of the one ahead leaves idle.
     Beside(Idle),
 }
 
@@ -237,7 +243,7 @@ pub(crate) unsafe fn ordered(
         _ => Start::After,
     };
     let grid = match order {
-        Order::Beside(idle) if start == Start::Beside && slices == 1 => {
+        Order::Beside(idle) if start == Start::Beside && operation.uneven() => {
             Grid::beside(choice, (m, n, k), at_once, idle)
         }
         _ => Grid::even(tiles, at_once),
