@@ -89,6 +89,21 @@ def test_any_share(shape: Any, share: int) -> None:
         close(actual, wanted)
 
 
+@pytest.mark.parametrize("memory", ["lean", MEMORY, "fast"])
+@pytest.mark.parametrize("shape", [LARGE[2], SMALL[0]])
+def test_frequent_targets(shape: Any, memory: Any) -> None:
+    """Hundreds of rows of one class, among the kept ones and behind them, and none of most."""
+    n, _, v = shape
+    e, w, y = make(*shape)
+    y[: n // 4], y[n // 4 : n // 2] = 5, v - 3
+    cotangent = torch.rand(n, device="cuda")
+    losses = LF.linear_cross_entropy(e, w, y, memory=memory, reduction="none")
+    gradients = torch.autograd.grad((losses * cotangent).sum(), [e, w])
+    _, expected = reference((e, w), y, cotangent.double())
+    for actual, wanted in zip(gradients, expected, strict=True):
+        close(actual, wanted)
+
+
 def test_plans_say_what_is_kept() -> None:
     for n, d, v in SHAPES:
         lean = plan(n, d, v, -1, lends=2)
