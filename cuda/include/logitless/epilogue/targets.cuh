@@ -30,7 +30,7 @@ __device__ __forceinline__ void add_row(float (&acc)[kColumns / 2], const Band& 
 #pragma unroll
   for (int j = 0; j < kColumns / 8; j++) {
     if (!kWhole && column + 8 * j >= band.p.n) continue;
-    const float2 x = Half::pair(band.p.onehot_w, at + 8 * j);
+    const float2 x = Half::widen(Half::load(band.p.onehot_w, at + 8 * j));
     acc[4 * j + 2 * half] = fmaf(g, x.x, acc[4 * j + 2 * half]);
     acc[4 * j + 2 * half + 1] = fmaf(g, x.y, acc[4 * j + 2 * half + 1]);
   }
@@ -77,6 +77,39 @@ struct ClassTargets {
   // a tile that reaches past the last column.
   static constexpr int kLong = 8;
 
+  // Adds `entries` rows of the warp's 32 to its sums. kBatch rows are asked for before the first is
+  // used: one by one, hundreds of them would each wait for the L2, and the tile with them (250 us of
+  // 512). A tile that reaches past the last column takes them so.
+  template <class Half, int kColumns, int kBatch, bool kWhole>
+  static __device__ __forceinline__ void add_entries(float (&sum)[kColumns / 32], const Band& band,
+                                                     int column, int row, float g, int e,
+                                                     int entries) {
+    constexpr int kLoads = kColumns / 64;
+    const GemmParams& p = band.p;
+#pragma unroll 1
+    for (; e + kBatch <= entries; e += kBatch) {
+      typename Half::Pair x[kBatch][kLoads];
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        const i64 at = __shfl_sync(kFullWarp, row, e + b) * p.onehot_ld + column;
+#pragma unroll
+        for (int i = 0; i < kLoads; i++)
+          x[b][i] = kWhole || column + 64 * i < p.n ? Half::load(p.onehot_w, at + 64 * i)
+                                                    : typename Half::Pair{};
+      }
+#pragma unroll
+      for (int b = 0; b < kBatch; b++) {
+        const float factor = __shfl_sync(kFullWarp, g, e + b);
+#pragma unroll
+        for (int i = 0; i < kLoads; i++) {
+          const float2 v = Half::widen(x[b][i]);
+          sum[2 * i] = fmaf(factor, v.x, sum[2 * i]);
+          sum[2 * i + 1] = fmaf(factor, v.y, sum[2 * i + 1]);
+        }
+      }
+    }
+  }
+
   // Lane (quad q, t) sums columns 8 (q + 8 i) + 2 t + {0, 1}: 128 bytes of a row a load of the warp.
   // Then the quad of the band's row `owner` collects them.
   template <class Half, int kColumns>
@@ -87,17 +120,18 @@ struct ClassTargets {
     const int* start = p.onehot_start + band.row + owner;
     const int last = __ldg(start + 1);
     float sum[kColumns / 32] = {};
-#pragma unroll 2
-    for (int e = __ldg(start); e < last; e++) {
-      const float g = __ldg(p.onehot_g + e);
-      const i64 at = __ldg(p.onehot_rows + e) * p.onehot_ld + column;
-#pragma unroll
-      for (int i = 0; i < kColumns / 64; i++) {
-        float2 x = make_float2(0.f, 0.f);
-        if (column + 64 * i < p.n) x = Half::pair(p.onehot_w, at + 64 * i);
-        sum[2 * i] = fmaf(g, x.x, sum[2 * i]);
-        sum[2 * i + 1] = fmaf(g, x.y, sum[2 * i + 1]);
+#pragma unroll 1
+    for (int first = __ldg(start); first < last; first += 32) {
+      const int mine = min(first + band.lane, last - 1), entries = min(32, last - first);
+      const int row = __ldg(p.onehot_rows + mine);
+      const float g = __ldg(p.onehot_g + mine);
+      int e = 0;
+      if (!band.ragged(kColumns)) {
+        constexpr int kBatch = 8;
+        add_entries<Half, kColumns, kBatch, true>(sum, band, column, row, g, 0, entries);
+        e = entries / kBatch * kBatch;
       }
+      add_entries<Half, kColumns, 1, false>(sum, band, column, row, g, e, entries);
     }
 #pragma unroll
     for (int i = 0; i < kColumns / 32; i++) {
