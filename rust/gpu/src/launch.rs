@@ -24,7 +24,8 @@ impl Stream {
         Ok(Stream { device, handle, _current: device.enter()? })
     }
 
-    /// Launches a kernel that takes one parameter struct.
+    /// Launches a kernel that takes one parameter struct. It may come onto the device while the kernel
+    /// ahead of it still runs, for it waits before anything else (`KERNEL` in `common.cuh`).
     ///
     /// # Safety
     /// The parameters name memory that is valid for what the kernel does with it.
@@ -40,10 +41,11 @@ impl Stream {
             return Ok(());
         }
         let kernel = images::kernel(self.device, name)?;
-        let start = Start::After;
+        let start = self.device.start(Start::Beside);
         let shape = Shape { grid: (grid.0 as u32, grid.1 as u32), block, shared, start };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
-        // SAFETY: every kernel launched here takes the one struct by value; the rest is the caller's promise.
+        // SAFETY: every kernel launched here takes the one struct by value and is a KERNEL, all of whose
+        // blocks wait for the kernel ahead at their start; the rest is the caller's promise.
         unsafe { kernel.function.launch(name, self.handle, shape, &mut arguments) }
     }
 
@@ -97,5 +99,25 @@ pub(crate) fn suffix(dtype: DType) -> &'static str {
         DType::Bf16 => "bf16",
         DType::F16 => "f16",
         DType::I64 | DType::U8 => unreachable!("checked: a float tensor"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    /// `Stream::launch` counts on it; products come with an order of their own.
+    #[test]
+    fn every_kernel_takes_its_turn() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../cuda/kernels");
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            let product = path.file_name().unwrap().to_string_lossy().starts_with("gemm_sm");
+            let text = fs::read_to_string(&path).unwrap();
+            assert!(
+                product || text.contains("KERNEL(") && !text.contains("__global__"),
+                "{path:?}"
+            );
+        }
     }
 }
