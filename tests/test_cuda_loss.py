@@ -95,6 +95,34 @@ def test_differentiable_twice() -> None:
         assert (a - b).norm() <= 1e-10 * b.norm()
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("lead", [(3,), (4, 65), (2100,)])
+def test_nothing_is_kept_without_gradients(reduction: str, lead: Any) -> None:
+    """The statistics are scratch then: the loss is all that a forward leaves."""
+    e, w, y = make("bfloat16", lead)
+    options: Any = {"reduction": reduction, "z_loss_weight": 1e-2}
+    wanted = LF.linear_cross_entropy(e, w, y, memory=0, **options).detach()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        found = LF.linear_cross_entropy(e, w, y, **options)
+    assert torch.cuda.memory_allocated() - before <= max(512, 4 * found.numel() + 512)
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_twice_through_what_was_lent() -> None:
+    """A graph of the backward recomputes, whatever the forward keeps for one without."""
+    e, w, y = make("bfloat16", (300,), features=64, classes=9001)
+    once = torch.autograd.grad(LF.linear_cross_entropy(e, w, y), (e, w))
+    loss = LF.linear_cross_entropy(e, w, y)
+    twice = torch.autograd.grad(loss, (e, w), create_graph=True)
+    for a, b in zip(twice, once, strict=True):
+        assert (a - b).norm() <= 8e-3 * b.norm()
+    second = torch.autograd.grad(sum(g.float().square().sum() for g in twice), (e, w))
+    assert all(g.isfinite().all() for g in second)
+
+
 def test_few_launches() -> None:
     """The loss is a launch each way: a step of a small head would feel more."""
     e, w, y = make("bfloat16", (512,))

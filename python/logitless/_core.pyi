@@ -399,8 +399,11 @@ class CudaPlan:
     def backward_bytes(self) -> int:
         """Workspace of a backward, to be allocated by the caller."""
     @property
-    def cross_entropy_bytes(self) -> int:
-        """Workspace of `cuda_cross_entropy_backward`: a backward's, and two values a row."""
+    def cross_entropy_bytes(self) -> tuple[int, int]:
+        """Workspaces of a `cuda_cross_entropy_forward` that keeps nothing, and of its backward.
+
+        Two values a row more than those of the statistics.
+        """
     @property
     def store_bytes(self) -> int:
         """What is kept from the forward to the backward, in the caller's memory."""
@@ -559,15 +562,15 @@ def cuda_cross_entropy_forward(
     reduction: int,
     z_loss_weight: float,
     loss: _Tensor,
-    rest: _Tensor,
-    target: _Tensor,
+    rest: _Tensor | None,
+    target: _Tensor | None,
     store: _Tensor | None,
     plan: CudaPlan,
     threads: int,
     device: int,
     stream: int,
     workspace: _Tensor,
-    share: _Tensor,
+    share: _Tensor | None,
     scale: _Tensor | None = None,
     lent: _Tensor | None = None,
 ) -> None:
@@ -578,6 +581,10 @@ def cuda_cross_entropy_forward(
 
     Parameters
     ----------
+    rest, target
+        As there; None, as `share` is then, where no backward will ask for them.
+    workspace
+        ``plan.forward_bytes`` bytes; without `share`, ``plan.cross_entropy_bytes[0]``.
     share
         Output, one element, acc dtype: what a reduction multiplies a row by.
     """
@@ -618,7 +625,7 @@ def cuda_cross_entropy_backward(
     Parameters
     ----------
     workspace
-        ``plan.cross_entropy_bytes`` bytes (uint8) of the device, aligned to 256.
+        ``plan.cross_entropy_bytes[1]`` bytes (uint8) of the device, aligned to 256.
     share
         What the forward wrote.
     """

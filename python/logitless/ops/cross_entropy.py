@@ -125,15 +125,17 @@ def row_losses(rest: Tensor, target: Tensor, z_loss_weight: float) -> Tensor:
 
 def _forward(
     tensors: Tensors, call: Call, reduction: int, z_loss_weight: float, loan: Loan | None = None
-) -> tuple[Tensor, Tensor, Optional]:
+) -> tuple[Tensor, Optional, Optional]:
     """Return the loss, what the backward reads of each row, and the store."""
     rows, dtype, device = call.rows, call.accumulation, tensors.input.device
     problem = engine.Problem(call, tensors, loan)
     store = problem.store(loan, tensors.weight)
     kept, lent = engine.kept_handles(store, loan)
     loss = torch.empty(() if reduction else call.rows_shape, dtype=dtype, device=device)
-    statistics = torch.empty(2 * rows + 1, dtype=dtype, device=device)
-    rest, target, share = layout.loss_handles(statistics, rows)
+    statistics = rest = target = share = None
+    if call.gradients or tensors.input.is_cpu:
+        statistics = torch.empty(2 * rows + 1, dtype=dtype, device=device)
+        rest, target, share = layout.loss_handles(statistics, rows)
     device_calls.cross_entropy_forward(
         problem.plan,
         device,

@@ -102,16 +102,18 @@ def cross_entropy_forward(
     plan: Any,
     device: torch.device,
     *arguments: Any,
-    share: Handle,
+    share: Handle | None,
     scale: Handle | None,
     lent: Handle | None,
 ) -> None:
     """Run `_core.cross_entropy_forward`, or its CUDA twin.
 
     The twin keeps in `share` what a reduction multiplies each row by; nobody reads it on the host.
+    Where nothing is kept, it has the statistics in its scratch.
     """
     if not isinstance(plan, _core.Plan):
-        scratch = torch.empty(plan.forward_bytes, dtype=torch.uint8, device=device)
+        size = plan.cross_entropy_bytes[0] if share is None else plan.forward_bytes
+        scratch = torch.empty(size, dtype=torch.uint8, device=device)
         launch = _launch(device, plan, scratch)
         _CUDA.cuda_cross_entropy_forward(*arguments, *launch, share, scale, lent)
     else:
@@ -129,7 +131,7 @@ def cross_entropy_backward(
 ) -> None:
     """Run `_core.cross_entropy_backward`, or its CUDA twin."""
     if not isinstance(plan, _core.Plan):
-        scratch = torch.empty(plan.cross_entropy_bytes, dtype=torch.uint8, device=device)
+        scratch = torch.empty(plan.cross_entropy_bytes[1], dtype=torch.uint8, device=device)
         launch = _launch(device, plan, scratch)
         _CUDA.cuda_cross_entropy_backward(
             *arguments, *launch, share, accumulate_weight, scale, lent

@@ -49,6 +49,6 @@ pub use backward::backward;
 pub use error::{Error, Result};
 pub use forward::forward;
 pub use info::{DeviceInfo, Info, info, warm_up};
-pub use loss::{cross_entropy_backward, cross_entropy_forward};
+pub use loss::{Kept, cross_entropy_backward, cross_entropy_forward};
 pub use plan::{Plan, describable, plan};
 pub use share::{Lends, Outputs};

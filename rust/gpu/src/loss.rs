@@ -9,19 +9,45 @@ use crate::launch::{Stream, suffix};
 use crate::params;
 use crate::plan::Plan;
 
-/// Arrays of the workspace begin at multiples of this.
-const ALIGNMENT: usize = 256;
+/// What a cross entropy keeps for its backward.
+#[derive(Clone, Copy, Debug)]
+pub struct Kept {
+    /// The statistics.
+    pub saved: Saved,
+    /// What a reduction multiplies each row by: one element.
+    pub share: Tensor,
+}
 
-impl Plan {
-    /// Workspace of [`cross_entropy_backward`]: a backward's, and the cotangents behind it.
-    pub fn cross_entropy_bytes(&self) -> usize {
-        let cotangents = 2 * self.rows * self.dtype.accumulator().size();
-        self.backward_bytes.next_multiple_of(ALIGNMENT) + cotangents
+impl Kept {
+    /// The same at an address: 2 N + 1 elements.
+    fn at(address: usize, acc: DType, rows: usize) -> Result<Kept> {
+        let at = |index: usize, shape: &[usize]| {
+            Tensor::new(address + index * acc.size(), acc, shape, &[1, 1][..shape.len()])
+        };
+        let saved = Saved { rest: at(0, &[rows])?, target: at(rows, &[rows, 1])? };
+        Ok(Kept { saved, share: at(2 * rows, &[])? })
     }
 }
 
-/// Computes `rest` and `target` of every row, and the loss of every row, 0 for ignored ones, or their
-/// sum or mean. With a reduction, `share` receives what it multiplies each row by.
+impl Plan {
+    /// Workspaces of a [`cross_entropy_forward`] that keeps nothing and of [`cross_entropy_backward`]:
+    /// those of the statistics, and behind them what the first would keep and the cotangents.
+    pub fn cross_entropy_bytes(&self) -> (usize, usize) {
+        let [forward, backward] = self.behind();
+        let element = self.dtype.accumulator().size();
+        (forward + (2 * self.rows + 1) * element, backward + 2 * self.rows * element)
+    }
+
+    /// Where the workspaces of the statistics end.
+    fn behind(&self) -> [usize; 2] {
+        [self.forward_bytes, self.backward_bytes].map(|bytes| bytes.next_multiple_of(256))
+    }
+}
+
+/// Computes the loss of every row, 0 for ignored ones, or their sum or mean.
+///
+/// Without `kept` there can be no backward, and the workspace is larger:
+/// [`Plan::cross_entropy_bytes`].
 ///
 /// # Errors
 /// As for [`crate::forward`], before any work.
@@ -32,9 +58,8 @@ impl Plan {
 pub unsafe fn cross_entropy_forward(
     of: &CrossEntropy,
     problem: &Problem,
-    saved: &Saved,
     loss: &Tensor,
-    share: &Tensor,
+    kept: Option<Kept>,
     plan: &Plan,
     device: usize,
     stream: usize,
@@ -43,30 +68,30 @@ pub unsafe fn cross_entropy_forward(
     scale: Option<&Tensor>,
     lent: Option<&Tensor>,
 ) -> Result<()> {
-    let (acc, per_row) = (saved.rest.dtype(), of.reduction == Reduction::None);
+    let (acc, per_row) = (plan.dtype.accumulator(), of.reduction == Reduction::None);
+    let kept = match kept {
+        Some(kept) => kept,
+        None => {
+            check_workspace("workspace", workspace, plan.cross_entropy_bytes().0)?;
+            Kept::at(workspace.address() + plan.behind()[0], acc, plan.rows)?
+        }
+    };
     check("loss", loss, acc, if per_row { plan.rows } else { 1 })?;
-    let params =
-        params::Loss { loss: loss.address(), ..loss_params(of, problem, saved, share, plan)? };
-    let outputs = [saved.rest, saved.target];
+    let params = params::Loss { loss: loss.address(), ..loss_params(of, problem, &kept, plan)? };
+    let (spec, outputs) = (CrossEntropy::spec(), [kept.saved.rest, kept.saved.target]);
     // SAFETY: the caller's promise.
     unsafe {
-        let spec = CrossEntropy::spec();
         forward(spec, problem, &outputs, plan, device, stream, workspace, store, scale, lent)?;
     }
-    let (name, blocks, threads) = match (per_row, acc) {
-        (true, DType::F64) => ("loss_rows_f64", plan.rows.div_ceil(256), 256),
-        (true, _) => ("loss_rows_f32", plan.rows.div_ceil(256), 256),
-        (false, DType::F64) => ("loss_total_f64", 1, 1024),
-        (false, _) => ("loss_total_f32", 1, 1024),
-    };
+    let (name, blocks, threads) =
+        if per_row { ("loss_rows", plan.rows.div_ceil(256), 256) } else { ("loss_total", 1, 1024) };
     let stream = Stream::enter(device, stream)?;
     // SAFETY: the caller's promise; shapes are checked.
-    unsafe { stream.launch(name, (blocks, 1), threads, 0, &params) }
+    unsafe { stream.launch(&format!("{name}_{}", suffix(acc)), (blocks, 1), threads, 0, &params) }
 }
 
 /// Turns the `gradient` of the loss into those of the wanted operands: it has one element a row, or
-/// one in all, which the forward's `share` multiplies. The workspace has
-/// [`Plan::cross_entropy_bytes`].
+/// one in all, which the kept share multiplies. For the workspace see [`Plan::cross_entropy_bytes`].
 ///
 /// # Errors
 /// As for [`crate::backward`].
@@ -77,9 +102,8 @@ pub unsafe fn cross_entropy_forward(
 pub unsafe fn cross_entropy_backward(
     of: &CrossEntropy,
     problem: &Problem,
-    saved: &Saved,
+    kept: &Kept,
     gradient: &Tensor,
-    share: &Tensor,
     gradients: &Gradients,
     accumulate_weight: bool,
     plan: &Plan,
@@ -90,21 +114,16 @@ pub unsafe fn cross_entropy_backward(
     scale: Option<&Tensor>,
     lender: Option<&Tensor>,
 ) -> Result<()> {
-    let (acc, rows) = (saved.rest.dtype(), plan.rows);
+    let (acc, rows) = (plan.dtype.accumulator(), plan.rows);
     check("gradient", gradient, acc, if of.reduction == Reduction::None { rows } else { 1 })?;
-    check_workspace("workspace", workspace, plan.cross_entropy_bytes())?;
-    let g_rest = workspace.address() + plan.backward_bytes.next_multiple_of(ALIGNMENT);
-    let g_target = g_rest + rows * acc.size();
+    check_workspace("workspace", workspace, plan.cross_entropy_bytes().1)?;
+    let cotangents = Kept::at(workspace.address() + plan.behind()[1], acc, rows)?.saved;
     let params = params::Loss {
         gradient: gradient.address(),
-        g_rest,
-        g_target,
-        ..loss_params(of, problem, saved, share, plan)?
+        g_rest: cotangents.rest.address(),
+        g_target: cotangents.target.address(),
+        ..loss_params(of, problem, kept, plan)?
     };
-    let cotangents = [
-        Some(Tensor::new(g_rest, acc, &[rows], &[1])?),
-        Some(Tensor::new(g_target, acc, &[rows, 1], &[1, 1])?),
-    ];
     {
         let stream = Stream::enter(device, stream)?;
         let name = format!("loss_slopes_{}", suffix(acc));
@@ -116,8 +135,8 @@ pub unsafe fn cross_entropy_backward(
         backward(
             CrossEntropy::spec(),
             problem,
-            &[saved.rest, saved.target],
-            &cotangents,
+            &[kept.saved.rest, kept.saved.target],
+            &[Some(cotangents.rest), Some(cotangents.target)],
             gradients,
             accumulate_weight,
             plan,
@@ -135,20 +154,20 @@ pub unsafe fn cross_entropy_backward(
 fn loss_params(
     of: &CrossEntropy,
     problem: &Problem,
-    saved: &Saved,
-    share: &Tensor,
+    kept: &Kept,
     plan: &Plan,
 ) -> Result<params::Loss> {
     let (rows, acc) = (plan.rows, plan.dtype.accumulator());
-    check("rest", &saved.rest, acc, rows)?;
-    check("target", &saved.target, acc, rows)?;
+    let Kept { saved: Saved { rest, target }, share } = kept;
+    check("rest", rest, acc, rows)?;
+    check("target", target, acc, rows)?;
     check("share", share, acc, 1)?;
     let missing = |argument| Error::Missing { argument, expected: "that of class ids".into() };
     let ids = problem.ids.as_ref().ok_or_else(|| missing("ids"))?;
     check("ids", ids, DType::I64, rows)?;
     Ok(params::Loss {
-        rest: saved.rest.address(),
-        target: saved.target.address(),
+        rest: rest.address(),
+        target: target.address(),
         ids: ids.address(),
         share: share.address(),
         z_loss: of.z_weight,

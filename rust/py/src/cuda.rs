@@ -122,9 +122,9 @@ impl CudaPlan {
         self.plan.backward_bytes
     }
 
-    /// Workspace of `cuda_cross_entropy_backward`: a backward's, and cotangents.
+    /// Workspaces of a `cuda_cross_entropy_forward` that keeps nothing, and of its backward.
     #[getter]
-    fn cross_entropy_bytes(&self) -> usize {
+    fn cross_entropy_bytes(&self) -> (usize, usize) {
         self.plan.cross_entropy_bytes()
     }
 
@@ -341,7 +341,8 @@ pub fn cuda_backward(
     .map_err(error)
 }
 
-/// Plain cross entropy: what `cross_entropy_forward` does, and `share` for the backward.
+/// Plain cross entropy: what `cross_entropy_forward` does. Of `rest`, `target` and `share`, which a
+/// backward needs, either all are given or none.
 #[pyfunction]
 #[pyo3(signature = (
     input, weight, bias, ids, ignore_index, logit_scale, softcap, reduction, z_loss_weight, loss,
@@ -360,22 +361,25 @@ pub fn cuda_cross_entropy_forward(
     reduction: u8,
     z_loss_weight: f64,
     loss: TensorArg,
-    rest: TensorArg,
-    target: TensorArg,
+    rest: Option<TensorArg>,
+    target: Option<TensorArg>,
     store: Option<TensorArg>,
     plan: &Bound<'_, CudaPlan>,
     threads: usize,
     device: usize,
     stream: usize,
     workspace: TensorArg,
-    share: TensorArg,
+    share: Option<TensorArg>,
     scale: Option<TensorArg>,
     lent: Option<TensorArg>,
 ) -> PyResult<()> {
     let problem =
         problem(input, weight, bias, Some(ids), ignore_index, logit_scale, softcap, None, None);
     let of = cross_entropy(reduction, z_loss_weight)?;
-    let saved = core::Saved { rest: rest.0, target: target.0 };
+    let kept = match (rest, target, share) {
+        (Some(rest), Some(target), Some(share)) => Some(kept(rest, target, share)),
+        _ => None,
+    };
     let (store, scale, lent) = (store.map(|t| t.0), scale.map(|t| t.0), lent.map(|t| t.0));
     let _ = threads;
     let plan = &plan.get().plan;
@@ -384,9 +388,8 @@ pub fn cuda_cross_entropy_forward(
         gpu::cross_entropy_forward(
             &of,
             &problem,
-            &saved,
             &loss.0,
-            &share.0,
+            kept,
             plan,
             device,
             stream,
@@ -439,7 +442,7 @@ pub fn cuda_cross_entropy_backward(
     let problem =
         problem(input, weight, bias, Some(ids), ignore_index, logit_scale, softcap, None, None);
     let of = cross_entropy(reduction, z_loss_weight)?;
-    let saved = core::Saved { rest: rest.0, target: target.0 };
+    let kept = kept(rest, target, share);
     let gradients = core::Gradients {
         input: d_input.map(|t| t.0),
         weight: d_weight.map(|t| t.0),
@@ -455,9 +458,8 @@ pub fn cuda_cross_entropy_backward(
         gpu::cross_entropy_backward(
             &of,
             &problem,
-            &saved,
+            &kept,
             &grad_loss.0,
-            &share.0,
             &gradients,
             accumulate_weight,
             plan,
@@ -470,6 +472,10 @@ pub fn cuda_cross_entropy_backward(
         )
     })
     .map_err(error)
+}
+
+fn kept(rest: TensorArg, target: TensorArg, share: TensorArg) -> gpu::Kept {
+    gpu::Kept { saved: core::Saved { rest: rest.0, target: target.0 }, share: share.0 }
 }
 
 /// Whether tensor cores read a weight in place: what `cuda_plan` calls `contiguous`.
