@@ -10,8 +10,8 @@ from typing import Any
 
 from logitless._extras import torch
 from logitless.ops import custom_ops, engine
+from logitless.ops.call import BITS, WEIGHT, Call, Tensors, recomputing
 from logitless.ops.double_backward import double_backward
-from logitless.ops.engine import BITS, WEIGHT, Call, Tensors
 from logitless.ops.loan import offer
 
 __all__ = ["gradient_mask", "in_forward_mode", "statistics", "wanted_bits"]
@@ -119,7 +119,7 @@ class _RowStatistics(_Refusals):
             # Good for one backward; another one, or its derivative, recomputes.
             loan, ctx.loan = ctx.loan, None
             if loan is None or torch.is_grad_enabled():
-                call, loan = engine.recomputing(call), None
+                call, loan = recomputing(call), None
         if not torch.is_grad_enabled():
             gradients = engine.backward(
                 call, wanted, tensors, store, fields, cotangents[:-1], loan, ctx.grad_buffer

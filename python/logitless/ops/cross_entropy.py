@@ -13,11 +13,12 @@ from typing import Any
 
 from logitless._check import Geometry
 from logitless._extras import torch
-from logitless.ops import autograd, custom_ops, engine, inputs, layout
+from logitless.ops import autograd, custom_ops, inputs, layout
 from logitless.ops import device as device_calls
+from logitless.ops.call import Call, Tensors, recomputing
 from logitless.ops.elementwise import margin, softplus
-from logitless.ops.engine import Call, Tensors
 from logitless.ops.loan import Loan, offer
+from logitless.ops.operands import Problem, Slots, kept_handles
 
 __all__ = ["applies", "cross_entropy", "row_losses"]
 
@@ -128,9 +129,9 @@ def _forward(
 ) -> tuple[Tensor, Optional, Optional]:
     """Return the loss, what the backward reads of each row, and the store."""
     rows, dtype, device = call.rows, call.accumulation, tensors.input.device
-    problem = engine.Problem(call, tensors, loan)
+    problem = Problem(call, tensors, loan)
     store = problem.store(loan, tensors.weight)
-    kept, lent = engine.kept_handles(store, loan)
+    kept, lent = kept_handles(store, loan)
     loss = torch.empty(() if reduction else call.rows_shape, dtype=dtype, device=device)
     statistics = rest = target = share = None
     if call.gradients or tensors.input.is_cpu:
@@ -194,15 +195,15 @@ class _CrossEntropy(torch.autograd.Function):
             # Good for one backward; another one, or its derivative, recomputes.
             loan, ctx.loan = ctx.loan, None
             if loan is None:
-                call = engine.recomputing(call)
+                call = recomputing(call)
         if torch.is_grad_enabled():
             leaves = [t for t, n in zip(tensors, needs, strict=False) if n and t is not None]
-            loss = _unfused(tensors, engine.recomputing(call), reduction, z_loss_weight)
+            loss = _unfused(tensors, recomputing(call), reduction, z_loss_weight)
             slopes = iter(torch.autograd.grad(loss, leaves, gradient, create_graph=True))
             return (*(next(slopes) if need else None for need in needs), *nothing)
-        problem = engine.Problem(call, tensors, loan)
-        slots = engine.Slots(call, wanted, tensors, loan, grad_buffer)
-        kept, lent = engine.kept_handles(store, loan)
+        problem = Problem(call, tensors, loan)
+        slots = Slots(call, wanted, tensors, loan, grad_buffer)
+        kept, lent = kept_handles(store, loan)
         gradient = gradient.contiguous()
         rest, target, share = layout.loss_handles(statistics, call.rows)
         device_calls.cross_entropy_backward(

@@ -7,6 +7,7 @@ serve meta tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -14,7 +15,16 @@ from logitless import stats
 from logitless._arrays import torch_code
 from logitless._extras import torch
 from logitless.ops import engine
-from logitless.ops.engine import BITS, DENSE, INPUT, Call, Tensors
+from logitless.ops.call import (
+    BITS,
+    DENSE,
+    INPUT,
+    Call,
+    Tensors,
+    call_of,
+    keeps_when_lean,
+    store_bytes,
+)
 
 __all__ = ["needed", "statistics"]
 
@@ -52,7 +62,7 @@ def statistics(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
 
 def _pack(call: Call, tensors: Tensors) -> tuple[Any, ...]:
     memory = call.memory
-    if memory == -1 and engine.keeps_when_lean(call, tensors.input.device):
+    if memory == -1 and keeps_when_lean(call, tensors.input.device):
         # A plan needs numbers. Where a traced size has none, what lean would keep is made again.
         memory = -1 if _has_numbers(tensors.input, tensors.weight) else 0
     return (
@@ -80,7 +90,14 @@ def _has_numbers(*tensors: Tensor) -> bool:
     return all(is_known(size) for tensor in tensors for size in tensor.shape)
 
 
-def _unpack(input: Tensor, weight: Tensor, ids: Optional, vectors: Optional, *packed: Any) -> Call:
+def _unpack(
+    make: Callable[..., Call],
+    input: Tensor,
+    weight: Tensor,
+    ids: Optional,
+    vectors: Optional,
+    *packed: Any,
+) -> Call:
     core, powers, topk, shift, ignore_index, logit_scale, softcap, memory, gradients, dtype = packed
     lead, positions = tuple(input.shape[:-1]), tuple(weight.shape[1:-1])
     if shift:
@@ -96,7 +113,7 @@ def _unpack(input: Tensor, weight: Tensor, ids: Optional, vectors: Optional, *pa
         topk,
         targets,
     )
-    return Call(
+    return make(
         *parts,
         fields=stats.core_fields.__wrapped__(*parts),  # sizes may be symbolic: no cache
         rows_shape=rows_shape,
@@ -125,7 +142,7 @@ def _forward_op(
     vectors: Optional,
     *packed: Any,
 ) -> list[Tensor]:
-    call = _unpack(input, weight, ids, vectors, *packed)
+    call = _unpack(call_of, input, weight, ids, vectors, *packed)
     fields, store = engine.forward(call, Tensors(input, weight, bias, scale, dense, ids, vectors))
     return [*fields] if store is None else [*fields, store]
 
@@ -141,7 +158,7 @@ def _(
     vectors: Optional,
     *packed: Any,
 ) -> list[Tensor]:
-    call = _unpack(input, weight, ids, vectors, *packed)
+    call = _unpack(Call, input, weight, ids, vectors, *packed)
     outputs = [
         input.new_empty(
             (*call.rows_shape, columns) if columns else call.rows_shape,
@@ -157,7 +174,7 @@ def _(
         address = weight.storage_offset() * weight.element_size()
     shape, strides = (weight.shape[0], weight.shape[-1]), (weight.stride(0), weight.stride(-1))
     head = (address, torch_code(call.dtype), shape, strides)
-    if size := engine.store_bytes(call, input.device, head):
+    if size := store_bytes(call, input.device, head):
         outputs.append(input.new_empty((size,), dtype=torch.uint8))
     return outputs
 
@@ -184,7 +201,7 @@ def _backward_op(
     wanted: int,
     *packed: Any,
 ) -> list[Tensor]:
-    call = _unpack(input, weight, ids, vectors, *packed)
+    call = _unpack(call_of, input, weight, ids, vectors, *packed)
     gradients = engine.backward(
         call,
         wanted,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from logitless._extras import torch
 from logitless.ops import layout
-from logitless.ops.engine import BITS, DENSE, INPUT, SCALE, Call, Tensors
+from logitless.ops.call import BITS, DENSE, INPUT, SCALE, Call, Tensors
 
 __all__ = ["double_backward"]
 

@@ -22,7 +22,7 @@ from logitless._arrays import torch_handle
 from logitless._extras import torch
 
 if TYPE_CHECKING:
-    from logitless.ops.engine import Call
+    from logitless.ops.call import Call
 
 __all__ = ["Loan", "offer"]
 

@@ -6,7 +6,7 @@ from logitless import _check, stats
 from logitless._check import Geometry
 from logitless._extras import torch
 from logitless.ops import autograd, inputs
-from logitless.ops.engine import Call, Tensors, call_of
+from logitless.ops.call import Call, Tensors, call_of
 from logitless.ops.statistics import RowStatistics
 
 __all__ = ["RowStatistics", "compute", "row_statistics"]

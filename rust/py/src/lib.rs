@@ -7,6 +7,7 @@
 mod args;
 mod cpu;
 mod cuda;
+mod cuda_plan;
 mod errors;
 mod plan;
 mod spec;
@@ -23,10 +24,11 @@ mod _core {
     };
     #[pymodule_export]
     use crate::cuda::{
-        CudaPlan, cuda_available, cuda_backward, cuda_cross_entropy_backward,
-        cuda_cross_entropy_forward, cuda_describable, cuda_forward, cuda_info, cuda_plan,
-        cuda_warm_up,
+        cuda_available, cuda_backward, cuda_cross_entropy_backward, cuda_cross_entropy_forward,
+        cuda_describable, cuda_forward, cuda_info, cuda_warm_up,
     };
+    #[pymodule_export]
+    use crate::cuda_plan::{CudaPlan, cuda_plan};
     #[pymodule_export]
     use crate::plan::{Plan, plan};
     #[pymodule_export]
