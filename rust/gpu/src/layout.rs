@@ -431,10 +431,8 @@ pub(crate) struct StoredBackwardLayout {
     pub factors: FactorBuffers,
     /// Sums of each slice of the classes; nothing where there is one.
     pub sums: usize,
-    /// Scaled input.
+    /// Scaled input, then, where it cannot be written in place, the packed gradient of the input.
     pub packed: usize,
-    /// Packed gradient of the input, where it cannot be written in place.
-    pub gradient: usize,
 }
 
 impl StoredBackwardLayout {
@@ -443,8 +441,6 @@ impl StoredBackwardLayout {
         let sums = if g.slices > 1 { g.slices * g.sums_bytes() } else { 0 };
         let sums = arena.take("input sums", sums);
         let packed = arena.take("packed input", g.packed_bytes());
-        let whole = g.wants(wanted::INPUT) && g.slices == 1;
-        let gradient = arena.take("packed gradient", if whole { g.packed_bytes() } else { 0 });
-        StoredBackwardLayout { factors, sums, packed, gradient }
+        StoredBackwardLayout { factors, sums, packed }
     }
 }

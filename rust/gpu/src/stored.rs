@@ -27,8 +27,8 @@ pub(crate) struct Stored<'a> {
 
 impl Stored<'_> {
     /// dE, and beside it dW, whose tiles fill what dE's last wave leaves idle: both read the
-    /// exponentials, and neither touches what the other writes. The targets' parts of both are added
-    /// in float.
+    /// exponentials, and neither touches what the other writes; but where dE has no other place than
+    /// over what dW reads. The targets' parts of both are added in float.
     pub unsafe fn backward(&self, store: usize, workspace: usize) -> Result<()> {
         let (call, g) = (self.call, self.g);
         let store = StoreLayout::lay(&mut Arena::at(store), g);
@@ -57,14 +57,20 @@ impl Stored<'_> {
         unsafe {
             scaled.make(call.classes)?;
             scaled.bias_gradient(&kept)?;
-            let order = self.input_product(list, kept.x, &store, &layout)?;
-            scaled.weight_gradient(order, &kept)?;
+            if g.slices == 1 && self.in_place().is_none() {
+                // dE packed over the scaled input, which dW has read.
+                scaled.weight_gradient(Order::After, &kept)?;
+                self.input_product(list, kept.x, &store, &layout)?;
+            } else {
+                let order = self.input_product(list, kept.x, &store, &layout)?;
+                scaled.weight_gradient(order, &kept)?;
+            }
             self.input_rows(list, &store, &layout)
         }
     }
 
     /// The product X W, and how that of the weight may follow. Few rows: sums of each slice of the
-    /// classes. Else rows to their places, or packed.
+    /// classes. Else rows to their places, or packed over the scaled input.
     unsafe fn input_product(
         &self,
         list: RowList,
@@ -110,7 +116,7 @@ impl Stored<'_> {
                 ld_row: padded(call.rows) as i32,
                 ..extents
             };
-            (Operation::De, choice, in_place.unwrap_or(self.packed(layout.gradient)), epilogue)
+            (Operation::De, choice, in_place.unwrap_or(self.packed(layout.packed)), epilogue)
         };
         let operands = Operands { a: x, b: call.weight, d: Some(d) };
         // SAFETY: operands checked, buffers of the layouts.
@@ -159,7 +165,7 @@ impl Stored<'_> {
         if self.in_place().is_some() {
             return Ok(());
         }
-        let packed = self.packed(layout.gradient);
+        let packed = self.packed(layout.packed);
         let params = params::Unpack {
             target: row_view(d_input),
             list,
