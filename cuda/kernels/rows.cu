@@ -111,25 +111,36 @@ __device__ __forceinline__ u32 not_ignored(const Targets& t, i64 first, i64 tota
   return bits;
 }
 
+// Sum of a block of 1024, to every thread; once for each `shared`.
+__device__ __forceinline__ int block_sum(int x, int (&shared)[32]) {
+  x = warp_sum(x);
+  if ((threadIdx.x & 31) == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();  // every warp's sum
+  return warp_sum(shared[threadIdx.x & 31]);
+}
+
 // Whether enough rows are live that all that were kept are taken again, the others with
 // coefficients of 0. One block.
 __device__ __forceinline__ bool takes_all(const SelectParams& p) {
-  __shared__ int total[2][32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  __shared__ int totals[2][32];
   int live = 0, kept = 0;
 #pragma unroll 1
   for (i64 pass = 0; pass < p.total; pass += kPass) {
     live += __popc(flagged(p.live, kLive, first_row(pass), p.total));
     kept += __popc(flagged(p.live, kTakesPart, first_row(pass), p.total));
   }
-  live = warp_sum(live);
-  kept = warp_sum(kept);
-  if (lane == 0) {
-    total[0][warp] = live;
-    total[1][warp] = kept;
-  }
-  __syncthreads();  // every warp's counts
-  return warp_sum(total[0][lane]) >= p.least * warp_sum(total[1][lane]);
+  live = block_sum(live, totals[0]);
+  return live >= p.least * block_sum(kept, totals[1]);
+}
+
+// Whether the rows that are not ignored fill as many blocks of 256 as all rows. One block.
+__device__ __forceinline__ bool stay_in_place(const SelectParams& p) {
+  __shared__ int totals[32];
+  int listed = 0;
+#pragma unroll 1
+  for (i64 pass = 0; pass < p.total; pass += kPass)
+    listed += __popc(not_ignored(p.targets, first_row(pass), p.total));
+  return (block_sum(listed, totals) + 255) / 256 == (p.total + 255) / 256;
 }
 
 // One warp: what the products of a backward are scaled by.
@@ -158,7 +169,7 @@ KERNEL(select_rows, SelectParams, 1024, 1) {
   if (blockIdx.x == 1) return make_scalars(p);
   __shared__ int counts[2][32];  // of this pass and of the one before, which a warp may still read
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  const bool all_kept = p.kept && takes_all(p);
+  const bool all_kept = p.kept && takes_all(p), in_place = p.in_place && stay_in_place(p);
   int base = 0, turn = 0;
 #pragma unroll 1
   for (i64 pass = 0; pass < p.total; pass += kPass, turn ^= 1) {
@@ -185,18 +196,20 @@ KERNEL(select_rows, SelectParams, 1024, 1) {
 #pragma unroll
     for (int i = 0; i < kRounds; i++) {
       const i64 row = first + 32 * i;
-      const int at = slot + __popc(votes[i] & ((1u << lane) - 1));
+      const int at = in_place ? (int)row : slot + __popc(votes[i] & ((1u << lane) - 1));
       const bool listed = live >> i & 1;
       if (row < p.total) p.slots[row] = listed ? at : -1;
-      if (listed) p.rows[at] = (int)row;
+      if (listed || (in_place && row < p.total)) p.rows[at] = (int)row;
       slot += __popc(votes[i]);
     }
   }
+  if (in_place) base = (int)p.total;
   // Who asks for a row before the count is known finds one.
 #pragma unroll 1
   for (i64 i = base + threadIdx.x; i < (p.total + 255) / 256 * 256; i += 1024) p.rows[i] = 0;
   if (threadIdx.x) return;
   *p.count = base;
+  if (p.in_place) *p.in_place = in_place;
   if (p.kept) {
     *p.kept = all_kept ? base : -1;
     *p.again = all_kept ? -1 : base;
@@ -354,8 +367,8 @@ __device__ __forceinline__ void target_logits(const TargetParams& p) {
   }
   const bool padding = p.targets.has_ignore && id == p.targets.ignore,
              valid = !padding && id >= 0 && id < p.targets.classes;
-  const T* w = (const T*)p.weight.data +
-               id * p.weight.row_stride;  // not read without a class: then z is thrown away
+  // Not read without a class: then z is thrown away.
+  const T* w = (const T*)p.weight.data + id * p.weight.row_stride;
   Acc z = (Acc)0;
 #pragma unroll 1
   for (int first = lane; first < whole; first += 32 * kBatch) {
@@ -400,6 +413,25 @@ __device__ __forceinline__ void target_logits(const TargetParams& p) {
 }
 
 }  // namespace
+
+// One warp a slot: the class of its target, and the row packed unless rows stay in their places. The
+// products write z over the reference of a row that has a class.
+KERNEL(target_classes_2, TargetParams, 256) {
+  const int slot = (int)row_of_warp(), lane = threadIdx.x & 31;
+  if (slot >= p.padded) return;
+  const i64 row = row_at(p.list, slot);
+  const int count = live_count(p.list);
+  const bool packs = p.packed && !(p.in_place && *p.in_place), live = slot < count;
+  if (packs && slot < zeroed_rows(count, p.padded))
+    copy_row((u16*)p.packed + slot * p.pitch, live ? row_of<u16>(p.input, row) : nullptr,
+             p.input.feature_stride, live ? p.features : 0, p.pitch, lane);
+  if (lane != 0) return;
+  const i64 id = live ? p.targets.ids[row] : -1;
+  const bool padding = p.targets.has_ignore && id == p.targets.ignore,
+             valid = live && !padding && id >= 0 && id < p.targets.classes;
+  p.target[slot] = valid ? (int)id : -1;
+  p.reference[slot] = valid || padding || !live ? 0.f : not_a_number<float>();
+}
 
 KERNEL(target_logits_bf16, TargetParams, 256) { target_logits<bf16>(p); }
 KERNEL(target_logits_f16, TargetParams, 256) { target_logits<f16>(p); }

@@ -35,6 +35,8 @@ struct GemmParams {
   const float* scale_at; // device: logit_scale; null: `scale`
   float* columns;       // gradient_sums: (m / 16, ldd) sums of D over 16 rows, or null
   float* dots;          // gradient_sums: (class blocks, ld_row) sums of D (E W^T) over a row's block, or null
+  float* target_z;      // online, online_rest: (ld_row) z of each row's target, where it has one. null: not wanted
+  const int* in_place;  // statistics, sm_90a: where it is not 0, A is what the map of D says. null: never
   int m, n, k;          // extents (upper bounds where count is given)
   int ld_row;           // pitch of per-row planes (part, coef), >= m
   int col0;             // class of column 0 of this launch
@@ -50,7 +52,7 @@ struct GemmParams {
   int sweepers;         // dw: clusters that take turns at the tiles; every further one makes one tile. 0: all
   int unused;
 };
-static_assert(sizeof(GemmParams) == 248, "mirror rust/gpu/src/params");
+static_assert(sizeof(GemmParams) == 264, "mirror rust/gpu/src/params");
 
 // -- shared pieces ---------------------------------------------------------------------------------------------------
 // Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).
@@ -126,10 +128,12 @@ struct SelectParams {
   double scale;
   const void* scale_at;       // device: logit_scale, float or double; null: `scale`
   i64 is_double;
+  int* in_place;              // or null: 1 where packing would save no block of 256 rows: then every row is in its place
+                              // and counts, and those that are not listed have no slot; else 0
   int *kept, *again;          // or null. Where exponentials were kept of the rows that are not ignored: the count, if all
   double least;               // of them are listed because at least this share is live, else -1; and the other way round
 };
-static_assert(sizeof(SelectParams) == 144, "mirror rust/gpu/src/params");
+static_assert(sizeof(SelectParams) == 152, "mirror rust/gpu/src/params");
 
 // gather_rows: a packed copy of live rows, zero-filled to the pitch and to the padded row count.
 struct GatherParams {
@@ -161,7 +165,8 @@ struct ScatterParams {
 };
 static_assert(sizeof(ScatterParams) == 160, "mirror rust/gpu/src/params");
 
-// target_logits: z of the target classes, one warp a (row, column).
+// target_logits: z of the target classes, one warp a (row, column). target_classes: the classes alone, K = 1; reference 0
+// where there is one, for the products make z.
 struct TargetParams {
   RowView input;
   RowList list;
@@ -175,18 +180,19 @@ struct TargetParams {
   const void* scale_at;  // device: logit_scale in accumulators; null: `scale`
   void* packed;      // null, or what gather_rows would make of the list
   i64 pitch;         // its elements a row
+  const int* in_place;  // target_classes: null, or nothing is packed where it is not 0
   int* gate;         // null, or the list that finish_fixed will add to: made empty
   int features;
   int padded;        // entries of reference and target
 };
-static_assert(sizeof(TargetParams) == 248, "mirror rust/gpu/src/params");
+static_assert(sizeof(TargetParams) == 256, "mirror rust/gpu/src/params");
 
 // finish_online, finish_fixed, finish_full: partials of the class tiles to outputs, in a fixed order.
 struct FinishParams {
   Fields out;
   RowList list;
   const float* part;
-  const float* reference;  // finish_fixed: of the exponentials
+  const float* reference;  // finish_fixed: of the exponentials; else the targets' logits, if out.target is given
   i64 part_plane;
   int ld_row, tiles;
   i64 classes;

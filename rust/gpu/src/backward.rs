@@ -283,6 +283,7 @@ impl Backward<'_> {
             scale: call.problem.logit_scale,
             scale_at: call.scale_at,
             is_double: i64::from(call.acc == DType::F64),
+            in_place: 0,
             kept: if self.pieces.is_empty() { 0 } else { layout.kept },
             again: layout.again,
             least: self.least(),

@@ -92,7 +92,7 @@ impl<'a> Call<'a> {
 
     /// The rows of a list that the device makes.
     pub fn live_rows(&self, buffers: ListBuffers) -> RowList {
-        let ListBuffers { rows, slots, count } = buffers;
+        let ListBuffers { rows, slots, count, .. } = buffers;
         RowList { rows, slots, count, total: self.rows as i64 }
     }
 
@@ -252,6 +252,7 @@ impl<'a> Call<'a> {
             scale_at: self.scale_at,
             packed: pack,
             pitch: pitch(self.features, self.dtype) as i64,
+            in_place: 0,
             gate,
             features: self.features as i32,
             padded: slots as i32,
@@ -260,6 +261,35 @@ impl<'a> Call<'a> {
         let warps = slots * targets.columns as usize;
         // SAFETY: as above; the lists have `slots` entries.
         unsafe { self.stream.launch(&name, (warps.div_ceil(8), 1), 256, 0, &params) }
+    }
+
+    /// Classes of the targets to `target`, one a row, whose logits the products write to `logits`; nan there
+    /// for an id out of range. `pack` as for [`Call::target_logits`], unless the device says at `in_place`
+    /// (0: never) that rows stay where they are.
+    pub unsafe fn target_classes(
+        &self,
+        list: RowList,
+        logits: usize,
+        target: usize,
+        pack: usize,
+        in_place: usize,
+    ) -> Result<()> {
+        let slots = padded(self.rows);
+        let params = params::TargetLogits {
+            input: self.input(),
+            list,
+            targets: self.targets(),
+            reference: logits,
+            target,
+            packed: pack,
+            pitch: pitch(self.features, self.dtype) as i64,
+            in_place,
+            features: self.features as i32,
+            padded: slots as i32,
+            ..params::TargetLogits::default()
+        };
+        // SAFETY: as above; the lists have `slots` entries, and elements have two bytes.
+        unsafe { self.stream.launch("target_classes_2", (slots.div_ceil(8), 1), 256, 0, &params) }
     }
 
     /// The parameters of the tile kernels that do not depend on the tile.

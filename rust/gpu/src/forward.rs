@@ -12,7 +12,7 @@ use crate::layout::{Arena, ForwardLayout, Geometry, ListBuffers, padded, pitch};
 use crate::params::{self, RowList};
 use crate::plan::{Path, Plan, partials};
 use crate::product::{
-    LogitMap, Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores,
+    Choice, LogitMap, Matrix, Operands, Operation, PlainEpilogue, choose, plain, tensor_cores,
 };
 
 /// Computes the statistics of `spec` for every row and writes them to `outputs`.
@@ -74,14 +74,23 @@ pub unsafe fn forward(
     let run = Forward { call: &call, g: &g, layout: &layout, outputs };
     // SAFETY: the caller's promise, and buffers laid out for this geometry.
     unsafe {
-        let targets = run.wants_targets();
-        let (list, input, pack) = select(&call, layout.list, layout.packed, targets)?;
+        let (targets, made) = (run.wants_targets(), run.makes_targets());
+        let whole = call.input_matrix().filter(|input| made && input.describable());
+        let stay = whole.map_or(0, |_| layout.list.in_place);
+        let (list, input, pack) = select(&call, layout.list, layout.packed, targets, stay)?;
+        let stay = if list.slots == 0 { 0 } else { stay };
         let bias = call.widen_bias(layout.bias)?;
-        if targets {
+        if made {
+            call.target_classes(list, layout.reference, layout.target, pack, stay)?;
+        } else if targets {
             run.targets(list, pack)?;
         }
         match plan.path {
-            Path::Fused { planes } => run.fused(planes, list, input, bias),
+            Path::Fused { planes } => {
+                let whole = whole.filter(|_| stay != 0);
+                let input = Input { product: input, whole, stay, made };
+                run.fused(planes, list, input, bias)
+            }
             Path::Tiled => run.tiled(list, input, bias),
         }
     }
@@ -114,6 +123,16 @@ pub(crate) fn check_store(store: Option<&Tensor>, plan: &Plan) -> Result<usize> 
     Ok(store.address())
 }
 
+/// The input as products read it.
+struct Input {
+    product: Matrix,
+    /// As it came, where the device says at `stay` whether products read that instead.
+    whole: Option<Matrix>,
+    stay: usize,
+    /// The products make the targets' logits.
+    made: bool,
+}
+
 struct Forward<'a> {
     call: &'a Call<'a>,
     g: &'a Geometry,
@@ -134,6 +153,25 @@ impl Forward<'_> {
         columns > 0 && (self.fields().target != 0 || (fused && columns == 1))
     }
 
+    /// Whether the products make the targets' logits on their way, and may read rows in their places. Not
+    /// with a softcap: theirs is good enough for a sum of exponentials only.
+    fn makes_targets(&self) -> bool {
+        let call = self.call;
+        matches!(self.g.path, Path::Fused { planes: 2 | 3 })
+            && call.targets().columns == 1
+            && call.dtype.size() == 2
+            && call.problem.softcap == 0.0
+            && self.choice(call.plan.chunks.0.min(call.classes)).by_maps()
+    }
+
+    /// The kernel that makes statistics of so many classes.
+    fn choice(&self, classes: usize) -> Choice {
+        let (call, operation) = (self.call, partials(self.g.path));
+        let facts = &call.stream.device.facts;
+        choose(facts, operation, call.dtype, call.mapped(), call.rows, classes)
+            .expect("the plan found it")
+    }
+
     /// Logits of the targets. Ignored rows of the output are 0.
     unsafe fn targets(&self, list: RowList, pack: usize) -> Result<()> {
         let call = self.call;
@@ -149,8 +187,11 @@ impl Forward<'_> {
     }
 
     /// Partials from the epilogue of E Wᵀ, then their fold.
-    unsafe fn fused(&self, planes: usize, list: RowList, input: Matrix, bias: usize) -> Result<()> {
+    unsafe fn fused(&self, planes: usize, list: RowList, input: Input, bias: usize) -> Result<()> {
         let (call, layout, rows) = (self.call, self.layout, self.call.rows);
+        // Where the targets' logits go to, if the products make them.
+        let target = if input.made { self.fields().target } else { 0 };
+        let target_z = if target == 0 { 0 } else { layout.reference };
         let operation = partials(self.g.path);
         let width = call.plan.chunks.0;
         let chunk_tiles = width.div_ceil(self.g.part_columns);
@@ -161,16 +202,10 @@ impl Forward<'_> {
             let copy = layout.copy.map(|address| {
                 Matrix::packed(address, call.dtype, call.features, pitch(call.features, call.dtype))
             });
-            let choice = choose(
-                &call.stream.device.facts,
-                operation,
-                call.dtype,
-                call.mapped(),
-                rows,
-                count,
-            )
-            .expect("the plan found it");
+            let choice = self.choice(count);
             let epilogue = params::Gemm {
+                target_z,
+                in_place: input.stay,
                 reference: layout.reference,
                 target: if call.targets().columns == 1 { layout.target } else { 0 },
                 part: layout.part + 4 * index * chunk_tiles * ld_row,
@@ -184,17 +219,17 @@ impl Forward<'_> {
                     call.stream,
                     operation,
                     &choice,
-                    &Operands { a: input, b: weight, d: None },
+                    &Operands { a: input.product, b: weight, d: input.whole },
                     epilogue,
                 )?;
             }
         }
         let last = call.classes - (call.classes - 1) / width * width;
         let finish = params::Finish {
-            out: params::Fields { target: 0, ..self.fields() },
+            out: params::Fields { target, ..self.fields() },
             list,
             part: layout.part,
-            reference: 0,
+            reference: target_z,
             part_plane: part_plane as i64,
             ld_row: ld_row as i32,
             tiles: (tiles - chunk_tiles + last.div_ceil(self.g.part_columns)) as i32,
@@ -251,12 +286,14 @@ impl Forward<'_> {
 /// The rows that take part, and the input as products read it.
 ///
 /// With `later`, the third value is where [`Call::target_logits`] still has to pack the live rows,
-/// on its way over them, or 0.
+/// on its way over them, or 0. `stay`: 0, or where the device says whether that would save nothing,
+/// so that rows stay where they are.
 pub(crate) unsafe fn select(
     call: &Call,
     buffers: ListBuffers,
     packed: usize,
     later: bool,
+    stay: usize,
 ) -> Result<(RowList, Matrix, usize)> {
     let packed =
         Matrix::packed(packed, call.dtype, call.features, pitch(call.features, call.dtype));
@@ -275,6 +312,7 @@ pub(crate) unsafe fn select(
                 slots: buffers.slots,
                 count: buffers.count,
                 total: call.rows as i64,
+                in_place: stay,
                 ..params::Select::default()
             };
             call.stream.launch("select_rows", (select.blocks(), 1), 1024, 0, &select)?;

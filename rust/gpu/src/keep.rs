@@ -110,7 +110,7 @@ pub(crate) unsafe fn forward(
     }
     // SAFETY: all of it: operands checked, buffers of the layouts.
     unsafe {
-        let (list, input, pack) = select(call, store.list, layout.packed, true)?;
+        let (list, input, pack) = select(call, store.list, layout.packed, true, 0)?;
         let bias = call.widen_bias(layout.bias)?;
         let logits = if out.target == 0 { layout.logits } else { out.target };
         call.target_logits(list, logits, store.reference, store.target, pack, layout.gate)?;

@@ -161,15 +161,15 @@ pub(crate) struct ListBuffers {
     pub rows: usize,
     pub slots: usize,
     pub count: usize,
+    /// Whether rows stay in their places.
+    pub in_place: usize,
 }
 
 impl ListBuffers {
     pub fn lay(arena: &mut Arena, rows: usize) -> ListBuffers {
-        ListBuffers {
-            rows: arena.take("rows", 4 * padded(rows)),
-            slots: arena.take("rows", 4 * rows),
-            count: arena.take("rows", 4),
-        }
+        let (list, slots) = (arena.take("rows", 4 * padded(rows)), arena.take("rows", 4 * rows));
+        let count = arena.take("rows", 8);
+        ListBuffers { rows: list, slots, count, in_place: count + 4 }
     }
 }
 

@@ -170,7 +170,8 @@ impl Operation {
 pub(crate) struct Operands {
     pub a: Matrix,
     pub b: Matrix,
-    /// The result's memory; nothing for statistics.
+    /// The result's memory. For statistics, which have none: A as the device may want it instead
+    /// (`Gemm::in_place`), or nothing.
     pub d: Option<Matrix>,
 }
 
@@ -287,6 +288,7 @@ pub(crate) unsafe fn ordered(
     };
     let d_rows = if slices > 1 { slices * epilogue.slice_rows as usize } else { m };
     let map_d = match d {
+        Some(whole) if epilogue.in_place != 0 => map(whole, k, m, (64, tile.m))?,
         Some(d) => map(d, n, d_rows, (if d.dtype == DType::F32 { 32 } else { 64 }, 64))?,
         None => map_a,
     };

@@ -71,6 +71,10 @@ struct Exceptions {
   __device__ __forceinline__ bool is_target(int i) const {
     return offset_of(i) == target[half_of(i)];
   }
+  // Whether one of the lane's own elements is the target of a row half.
+  __device__ __forceinline__ bool has_target(int half) const {
+    return target[half] >= 0 && (target[half] & 7) < 2;
+  }
   __device__ __forceinline__ bool is_class(int i) const { return offset_of(i) < limit; }
   __device__ __forceinline__ bool is_rest(int i) const { return is_class(i) && !is_target(i); }
 };

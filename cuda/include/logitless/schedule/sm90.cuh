@@ -238,6 +238,8 @@ struct Sm90Gemm {
       ptx::wait_for_grid_ahead();
       return;
     }
+    // No result: the map of D is that of A's rows in their places.
+    if (!Epilogue::kPanels && p.in_place && __ldg(p.in_place)) map_a = map_d;
     extern __shared__ __align__(1024) unsigned char shared_raw[];
     const u32 shared = ptx::shared_address(shared_raw), full = shared + kBarriers,
               empty = full + kStages * 8;

@@ -18,6 +18,11 @@ __device__ __forceinline__ void put(void* field, i64 row, int slot, float x) {
   if (field) ((float*)field)[row] = slot < 0 ? 0.f : x;
 }
 
+// The target's logit, where the products made it.
+__device__ __forceinline__ void put_target(const FinishParams& p, i64 row, int slot) {
+  if (p.out.target) put(p.out.target, row, slot, slot < 0 ? 0.f : p.reference[slot]);
+}
+
 // Puts the block of 256 slots on the list of those to run again, once. In any order: a block's results
 // are its own.
 __device__ __forceinline__ void list_block(const FinishParams& p, int slot) {
@@ -40,6 +45,7 @@ struct OnlinePartial {
   __device__ __forceinline__ void finish(const FinishParams& p, i64 row, int slot) const {
     put(p.out.rest, row, slot, rest.finish());
     put(p.out.entropy, row, slot, entropy_of(rest));
+    put_target(p, row, slot);
   }
 };
 

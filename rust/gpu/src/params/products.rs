@@ -29,6 +29,8 @@ pub struct Gemm {
     pub scale_at: usize,
     pub columns: usize,
     pub dots: usize,
+    pub target_z: usize,
+    pub in_place: usize,
     pub m: i32,
     pub n: i32,
     pub k: i32,
@@ -46,7 +48,7 @@ pub struct Gemm {
     pub sweepers: i32,
     pub unused: i32,
 }
-const _: () = assert!(size_of::<Gemm>() == 248);
+const _: () = assert!(size_of::<Gemm>() == 264);
 
 /// `plain_*`.
 #[derive(Clone, Copy, Debug, Default)]

@@ -36,11 +36,12 @@ pub struct Select {
     pub scale: f64,
     pub scale_at: usize,
     pub is_double: i64,
+    pub in_place: usize,
     pub kept: usize,
     pub again: usize,
     pub least: f64,
 }
-const _: () = assert!(size_of::<Select>() == 144);
+const _: () = assert!(size_of::<Select>() == 152);
 
 /// `gather_rows_*`.
 #[derive(Clone, Copy, Debug, Default)]
@@ -109,11 +110,12 @@ pub struct TargetLogits {
     pub scale_at: usize,
     pub packed: usize,
     pub pitch: i64,
+    pub in_place: usize,
     pub gate: usize,
     pub features: i32,
     pub padded: i32,
 }
-const _: () = assert!(size_of::<TargetLogits>() == 248);
+const _: () = assert!(size_of::<TargetLogits>() == 256);
 
 /// `finish_online`, `finish_fixed`, `finish_full`.
 #[derive(Clone, Copy, Debug, Default)]
