@@ -53,6 +53,16 @@ TARGETS = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_cross_entropy_is_one_node(device: str) -> None:
+    """What autograd does for a node costs more than the rest of a small call."""
+    e = torch.randn(4, 3, device=device, requires_grad=True)
+    w = torch.randn(CLASSES, 3, device=device, requires_grad=True)
+    loss = LF.linear_cross_entropy(e, w, torch.arange(4, device=device))
+    behind = [node for node, _ in loss.grad_fn.next_functions if node is not None]
+    assert [node.name() for node in behind] == ["torch::autograd::AccumulateGrad"] * 2
+
+
 def leaves() -> list[Any]:
     generator = torch.Generator().manual_seed(0)
 

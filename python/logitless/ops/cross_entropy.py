@@ -177,8 +177,8 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, scale, ids, statistics, store)
         ctx.options, ctx.grad_buffer = (call, reduction, z_loss_weight), grad_buffer
         # Not among the saved tensors: the backward writes to it.
-        ctx.loan = loan
         ctx.borrowed = loan is not None and loan.store is not None
+        ctx.loan = loan if ctx.borrowed else None
         return loss
 
     @staticmethod
@@ -190,17 +190,16 @@ class _CrossEntropy(torch.autograd.Function):
         needs, grad_buffer = ctx.needs_input_grad[:4], ctx.grad_buffer
         wanted = autograd.wanted_bits(needs, grad_buffer)
         nothing = (None,) * 5  # ids, the buffer and the options
-        loan = None
-        if ctx.borrowed:
-            # Good for one backward; another one, or its derivative, recomputes.
-            loan, ctx.loan = ctx.loan, None
-            if loan is None:
-                call = recomputing(call)
+        # Good for one backward; another one, or its derivative, recomputes.
+        loan, ctx.loan = ctx.loan, None
         if torch.is_grad_enabled():
+            loan = None
             leaves = [t for t, n in zip(tensors, needs, strict=False) if n and t is not None]
             loss = _unfused(tensors, recomputing(call), reduction, z_loss_weight)
             slopes = iter(torch.autograd.grad(loss, leaves, gradient, create_graph=True))
             return (*(next(slopes) if need else None for need in needs), *nothing)
+        if ctx.borrowed and loan is None:
+            call = recomputing(call)
         problem = Problem(call, tensors, loan)
         slots = Slots(call, wanted, tensors, loan, grad_buffer)
         kept, lent = kept_handles(store, loan)
