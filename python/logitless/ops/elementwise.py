@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from logitless._extras import torch
 
-__all__ = ["logaddexp", "logsigmoid", "logsumexp", "margin", "plogp", "softplus"]
+__all__ = ["logaddexp", "logsigmoid", "logsumexp", "margin", "softplus", "weighted"]
 
 Tensor = torch.Tensor
 
@@ -41,6 +41,6 @@ def logsumexp(z: Tensor) -> Tensor:
     return torch.where(empty, -torch.inf, value)
 
 
-def plogp(p: Tensor, log_p: Tensor) -> Tensor:
-    """Return -p log p; 0 with zero slope where p is 0."""
-    return -p * torch.where(p > 0, log_p, 0.0)
+def weighted(p: Tensor, x: Tensor) -> Tensor:
+    """Return p x; 0 with zero slope where p is 0, also if x is infinite."""
+    return p * torch.where(p > 0, x, 0.0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from logitless._extras import torch
-from logitless.ops.elementwise import logaddexp, logsigmoid, logsumexp, margin, plogp, softplus
+from logitless.ops.elementwise import logaddexp, logsigmoid, logsumexp, margin, softplus, weighted
 from logitless.stats import Reading
 
 __all__ = ["RowStatistics"]
@@ -297,8 +297,7 @@ class RowStatistics:
             name, value = next(iter(self._values.items()))
             value = value[..., 0] if name in _COLUMNED else value
             return torch.ones_like(value, dtype=torch.bool)
-        real = self._ids.ne(self._ignore_index)
-        return real.any(dim=-1) if self._several else real
+        return self._real().any(dim=-1) if self._several else self._real()
 
     def _real(self) -> Tensor:
         """Ids that are no padding."""
@@ -334,13 +333,14 @@ class RowStatistics:
 
     def _entropy(self, rest_entropy: Tensor) -> Tensor:
         # H = h(p_R) + p_R H_R + p_Y H_Y, grouped so that every term is positive.
-        margin = self._core("rest", "entropy") - self.target_lse
-        p_rest, p_target = torch.sigmoid(margin), torch.sigmoid(-margin)
-        value = plogp(p_rest, logsigmoid(margin)) + plogp(p_target, logsigmoid(-margin))
+        ahead = self._core("rest", "entropy") - self.target_lse
+        behind = -ahead
+        p_rest, p_target = torch.sigmoid(ahead), torch.sigmoid(behind)
+        value = weighted(p_rest, softplus(behind)) + weighted(p_target, softplus(ahead))
         value = value + p_rest * rest_entropy
         if self._several:
             log_q = torch.where(self._distinct(), self._log_share(), -torch.inf)
-            value = value + p_target * plogp(torch.exp(log_q), log_q).sum(dim=-1)
+            value = value + p_target * weighted(torch.exp(log_q), -log_q).sum(dim=-1)
         return value
 
     def _power_lse(self, rest_power: Tensor) -> Tensor:
