@@ -15,29 +15,38 @@ using namespace logitless;
 // -- partials to outputs ------------------------------------------------------------------------
 namespace {
 
-// Block = 32 rows x kSlices slices of the tiles. A slice is folded in order, kBatch tiles asked for
-// before the first is merged: the merges are short chains and would wait for memory one by one.
-// Then neighbouring slices, in a tree.
+// Block = 32 slots x kSlices slices of the tiles. A slice asks for kBatch tiles before it folds them:
+// one by one they would each wait for memory. Then neighbouring slices, in a tree. Partials are asked
+// for before it is known which slots are live; what dead ones hold is not used.
 template <class Partial, int kSlices, int kBatch>
 __device__ __forceinline__ void finish(const FinishParams& p) {
   __shared__ __align__(16) unsigned char bytes[kSlices * 32 * sizeof(Partial)];
   Partial* shared = (Partial*)bytes;
   const int lane = threadIdx.x & 31, slice = threadIdx.x / 32;
-  const i64 row = blockIdx.x * 32ll + lane;
-  const int slot = row >= p.list.total ? -1 : p.list.slots ? p.list.slots[row] : (int)row;
+  const int slot = blockIdx.x * 32 + lane, count = live_count(p.list);
+  const bool writes = slice == 0 && slot < p.list.total;
+  const i64 row = writes ? row_at(p.list, slot) : 0;
+  const int own = writes && p.list.slots ? p.list.slots[slot] : 0;  // of the row of that number
+  const float reference = writes && p.reference ? p.reference[slot] : 0.f;
+  auto load = [&](int tile) {
+    // Columns of this tile: the last one of a launch, and of all launches, is ragged.
+    const int chunk = tile / p.chunk_tiles,
+              in_chunk = (tile - chunk * p.chunk_tiles) * p.tile_columns;
+    const i64 chunk_end = min((i64)p.chunk_columns, p.classes - (i64)chunk * p.chunk_columns);
+    return Partial::load(p, p.part + (i64)tile * p.ld_row + slot,
+                         (int)min((i64)p.tile_columns, chunk_end - in_chunk));
+  };
   Partial state = Partial::empty();
-  if (slot >= 0) {
-    auto load = [&](int tile) {
-      // Columns of this tile: the last one of a launch, and of all launches, is ragged.
-      const int chunk = tile / p.chunk_tiles,
-                in_chunk = (tile - chunk * p.chunk_tiles) * p.tile_columns;
-      const i64 chunk_end = min((i64)p.chunk_columns, p.classes - (i64)chunk * p.chunk_columns);
-      return Partial::load(p, p.part + (i64)tile * p.ld_row + slot,
-                           (int)min((i64)p.tile_columns, chunk_end - in_chunk));
-    };
-    const int per = (p.tiles + kSlices - 1) / kSlices, end = min(p.tiles, (slice + 1) * per);
-    in_batches<kBatch>(slice * per, 1, end, load,
-                       [&](int, const Partial& next) { state.merge(next); });
+  const int per = (p.tiles + kSlices - 1) / kSlices, end = min(p.tiles, (slice + 1) * per);
+#pragma unroll 1
+  for (int tile = slice * per; tile < end; tile += kBatch) {
+    Partial next[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; i++) next[i] = load(min(tile + i, end - 1));
+#pragma unroll
+    for (int i = 1; i < kBatch; i++)
+      if (tile + i >= end) next[i] = Partial::empty();
+    state.merge(Partial::fold(next));
   }
 #pragma unroll
   for (int step = 1; step < kSlices; step *= 2) {
@@ -45,14 +54,16 @@ __device__ __forceinline__ void finish(const FinishParams& p) {
     __syncthreads();  // the right-hand slices are there
     if (slice % (2 * step) == 0) state.merge(shared[threadIdx.x + 32 * step]);
   }
-  if (slice == 0 && row < p.list.total) state.finish(p, row, slot);
+  if (!writes) return;
+  if (slot < count) state.finish(p, row, slot, reference);
+  if (own < 0) Partial::empty().finish(p, slot, -1, 0.f);
 }
 
 }  // namespace
 
-KERNEL(finish_online, FinishParams, 512) { finish<OnlinePartial, 16, 8>(p); }
-KERNEL(finish_fixed, FinishParams, 512) { finish<FixedPartial, 16, 8>(p); }
-KERNEL(finish_fixed_moment, FinishParams, 512) { finish<FixedMomentPartial, 16, 8>(p); }
+KERNEL(finish_online, FinishParams, 512, 2) { finish<OnlinePartial, 16, 9>(p); }
+KERNEL(finish_fixed, FinishParams, 512, 2) { finish<FixedPartial, 16, 18>(p); }
+KERNEL(finish_fixed_moment, FinishParams, 512, 2) { finish<FixedMomentPartial, 16, 9>(p); }
 KERNEL(finish_full, FinishParams, 256) { finish<FullPartial, 8, 4>(p); }
 
 // -- small sums ---------------------------------------------------------------------------------
