@@ -73,8 +73,8 @@ class Case:
     report: Report
     count: int | None = None
     listed: bool = False
-    uneven: bool = False  # two tiles have clusters of their own
-    clusters: int | None = None  # that take turns; None: as many as fit
+    uneven: bool = False  # the first cluster makes the last two tiles first
+    clusters: int | None = None  # None: as many as fit
 
     def __post_init__(self) -> None:
         m, n, k = self.extents
@@ -113,8 +113,10 @@ class Case:
         return torch.full((m, round_up(n, 8) + 8), math.nan, device=DEVICE, dtype=dtype)
 
     def launch(self, d: Tensor | None = None) -> None:
-        how: dict[str, Any] = {"sweepers": self.clusters, "singles": 2 * self.uneven}
-        Launch(self.kernels, self.name, self.extents, self.a, self.b, d, **how, **self.fields)()
+        if self.uneven:
+            self.fields.update(early=1, head=2)
+        options: dict[str, Any] = self.fields | {"clusters": self.clusters}
+        Launch(self.kernels, self.name, self.extents, self.a, self.b, d, **options)()
 
     def result(self, what: str, out: Tensor, wanted: Tensor, most: float) -> None:
         n = self.extents[1]
@@ -369,9 +371,8 @@ def check_beside(kernels: Kernels, de: str, dw: str, report: Report) -> None:
             out.append(torch.full_like(e if name == de else w, math.nan, dtype=result))
             extents = (rows, features, classes) if name == de else (classes, features, rows)
             uneven = beside and name == dw
-            launch = Launch(
-                kernels, name, extents, x, other, out[-1], beside=uneven, singles=40 * uneven
-            )
+            head: dict[str, int] = {"early": 20, "head": 2} if uneven else {}
+            launch = Launch(kernels, name, extents, x, other, out[-1], beside=uneven, **head)
             launch()
         return [t.clone() for t in out]  # right behind the second
 

@@ -36,8 +36,8 @@ class Params(c.Structure):
         ("reserved", c.c_int),
         ("slices", c.c_int),
         ("slice_rows", c.c_int),
-        ("sweepers", c.c_int),
-        ("unused", c.c_int),
+        ("early", c.c_int),
+        ("head", c.c_int),
     )
 
 
@@ -122,9 +122,8 @@ class Launch:
     """D[m, n] = epilogue(A[m, k] B[n, k]ᵀ), prepared; calling it enqueues it on the current stream.
 
     A and B are given as the operation stores them: dw and dw_f32 take K as rows of both, de and
-    de_f32 of B. ``beside``: the kernel may start as blocks of the one ahead end. ``sweepers``
-    clusters (by default as many as the device holds at once) take turns at the tiles, but for the
-    last ``singles``, which have clusters of their own.
+    de_f32 of B. ``beside``: the kernel may start as blocks of the one ahead end. ``clusters`` take
+    turns at the tiles; by default as many as the device holds at once.
     """
 
     def __init__(
@@ -137,8 +136,7 @@ class Launch:
         d: torch.Tensor | None = None,
         *,
         beside: bool = False,
-        sweepers: int | None = None,
-        singles: int = 0,
+        clusters: int | None = None,
         **fields: Any,
     ) -> None:
         m, n, k = extents
@@ -147,7 +145,9 @@ class Launch:
         transposed_b = transposed_a or kernel["operation"].startswith("de")
         self.keep = (a, b, d, fields)
         self.function = kernels.function(name)
-        group = max(2048 // (kernel["m"] * kernel["cluster"]), 1)  # rust/gpu/src/choice.rs says more
+        group = max(
+            2048 // (kernel["m"] * kernel["cluster"]), 1
+        )  # rust/gpu/src/choice.rs says more
         params = Params(m=m, n=n, k=k, group=group, scale=1.0, ld_row=m)
         params.a, params.b = a.data_ptr(), b.data_ptr()
         params.lda, params.ldb = a.stride(0), b.stride(0)
@@ -171,13 +171,11 @@ class Launch:
             if d is not None:
                 map_d = tensor_map(d, n, m, (32 if d.dtype == torch.float32 else 64, 64))
             self.arguments = [map_a, map_b, map_d, params]
-            turns = sweepers or multiprocessors // cluster
-            params.sweepers = turns if singles else 0
-            grid = (turns + singles) * cluster
+            grid = (clusters or multiprocessors // cluster) * cluster
         else:
             self.arguments = [params]
             tiles = -(-m // kernel["m"]) * -(-n // kernel["n"])
-            grid = min(tiles, sweepers or 2 * multiprocessors)
+            grid = min(tiles, clusters or 2 * multiprocessors)
         addresses = [c.addressof(argument) for argument in self.arguments]
         self.pointers = (c.c_void_p * len(addresses))(*addresses)
         self.config = LaunchConfig(

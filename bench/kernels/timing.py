@@ -7,7 +7,8 @@ item that burns more power slows only itself down in the second).
 
 ``--only`` keeps kernels whose name contains it. ``--group 8,11`` times each that reads weights with
 that many rows of 256 in a group of the raster. ``--only DE+DW`` times two kernels one after the
-other, and the second beside the first, its last ``--singles`` tiles handed out one by one.
+other, and the second beside the first: ``--early 16`` clusters, which the last wave of the first
+leaves idle, begin with ``--head 11`` tiles each.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ Items = dict[str, Callable[[], object]]
 
 
 def items(
-    kernels: Kernels, n: int, d: int, v: int, pattern: str, groups: list[int], singles: int
+    kernels: Kernels, n: int, d: int, v: int, pattern: str, groups: list[int], early: int, head: int
 ) -> Items:
     """cuBLAS's three products, and every bf16 kernel whose name contains the pattern."""
     w = (torch.randn(v, d, device=DEVICE) * (1.5 / math.sqrt(d))).bfloat16()
@@ -109,11 +110,20 @@ def items(
     if "+" in pattern:
         first, second = pattern.split("+")
         out[f"{first}, {second}"] = after(out[first], out[second])
-        for share in sorted({0, singles}):
+        for some, tiles in sorted({(0, 0), (early, 0), (early, head)}):
             beside = Launch(
-                kernels, second, (v, d, n), x, e, dw, ld_row=v, beside=True, singles=share
+                kernels,
+                second,
+                (v, d, n),
+                x,
+                e,
+                dw,
+                ld_row=v,
+                beside=True,
+                early=some,
+                head=tiles,
             )
-            out[f"  beside, {share} single tiles"] = after(out[first], beside)
+            out[f"  beside, {some} early, {tiles} ahead"] = after(out[first], beside)
     out["X W"] = lambda: torch.mm(x, w, out=de)
     out["Xt E"] = lambda: torch.mm(x.t(), e, out=dw)
     return out
@@ -162,14 +172,15 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--group", default="")
-    parser.add_argument("--singles", type=int, default=0)
+    parser.add_argument("--early", type=int, default=0)
+    parser.add_argument("--head", type=int, default=0)
     parser.add_argument("shapes", nargs="+")
     arguments = parser.parse_args()
     kernels = Kernels(arguments.kernels)
     for shape in arguments.shapes:
         n, d, v = map(int, shape.split(","))
         groups = [int(group) for group in arguments.group.split(",") if group]
-        table = items(kernels, n, d, v, arguments.only, groups, arguments.singles)
+        table = items(kernels, n, d, v, arguments.only, groups, arguments.early, arguments.head)
         first = interleaved(table, arguments.repeats)
         second = {name: sustained(run, first[name]) for name, run in table.items()}
         print(f"\n{shape}{'':26s} interleaved ms, /E Wt, TFLOP/s     sustained ms, /E Wt, TFLOP/s")

@@ -49,8 +49,7 @@ struct GemmParams {
   int reserved;
   int slices;           // de_f32: shares of k; each writes its own sums, `slice_rows` rows of D after the last. 0: 1
   int slice_rows;
-  int sweepers;         // dw: clusters that take turns at the tiles; every further one makes one tile. 0: all
-  int unused;
+  int early, head;      // dw: clusters with a head start, and tiles that each makes before the others join it
 };
 static_assert(sizeof(GemmParams) == 264, "mirror rust/gpu/src/params");
 

@@ -93,45 +93,32 @@ pub(crate) struct Idle {
     pub products: f64,
 }
 
-/// How the clusters of a grid share the tiles (`cuda/include/logitless/schedule/raster.cuh`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Grid {
-    pub clusters: usize,
-    /// Clusters that take turns; each further one makes a single tile. 0: all take turns.
-    pub sweepers: usize,
+/// How the clusters of a product beside another share its tiles
+/// (`cuda/include/logitless/schedule/raster.cuh`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct HeadStart {
+    /// Clusters that start well before the others.
+    pub early: usize,
+    /// Tiles that each of them makes before the others join.
+    pub head: usize,
 }
 
-impl Grid {
-    /// Equal shares for as many clusters as the device holds at once.
-    pub fn even(tiles: usize, at_once: usize) -> Grid {
-        Grid { clusters: tiles.min(at_once), sweepers: 0 }
-    }
-
-    /// An (m, n, k) product beside one that leaves so much idle.
-    ///
-    /// Clusters with a head start end early, and tiles that are handed out singly go to them. That
-    /// is worth its starts (4 µs in a tile of 100) only where the last cluster ends a tile earlier.
-    pub fn beside(
+impl HeadStart {
+    /// Of an (m, n, k) product beside one that leaves so much idle: as few tiles ahead as save most
+    /// turns of the whole device.
+    pub fn of(
         choice: &Choice,
         (m, n, k): (usize, usize, usize),
         at_once: usize,
         idle: Idle,
-    ) -> Grid {
-        let tiles = choice.tiles(m, n);
-        // Single tiles that a cluster makes before those without a head start have ended.
-        let singles = (idle.products / (1.05 * choice.products(k.max(1)))) as usize * idle.clusters;
-        let (whole, left) = (tiles / at_once, tiles % at_once);
-        // Turns come in order of the start: the first clusters, with the head start, have one more.
-        let even = whole + usize::from(left > if singles > 0 { idle.clusters } else { 0 });
-        let rounds = |turns: usize| {
-            turns + (tiles - turns * at_once).saturating_sub(singles).div_ceil(at_once)
-        };
-        match (0..=whole).rev().min_by_key(|&turns| rounds(turns)) {
-            Some(turns) if rounds(turns) < even && turns > 0 => {
-                Grid { clusters: at_once + tiles - turns * at_once, sweepers: at_once }
-            }
-            _ => Grid::even(tiles, at_once),
-        }
+    ) -> HeadStart {
+        let (tiles, early) = (choice.tiles(m, n), idle.clusters);
+        // A start costs about a twentieth of a tile.
+        let fit = (idle.products / (1.05 * choice.products(k.max(1)))) as usize;
+        let most = fit.min(tiles.saturating_sub(at_once) / early.max(1));
+        let turns = |head: usize| (tiles - early * head).div_ceil(at_once);
+        let head = (0..=most).min_by_key(|&head| turns(head)).unwrap_or(0);
+        HeadStart { early: early.min(at_once), head }
     }
 }
 
@@ -317,25 +304,24 @@ mod tests {
     fn what_one_product_leaves_idle_the_next_one_fills() {
         let facts = Facts::h200();
         let choose = |operation, m, n| choose(&facts, operation, DType::Bf16, false, m, n);
-        let grid = |rows, features, classes| {
+        let start = |rows, features, classes| {
             let de = choose(Operation::De, rows, features)?;
             let dw = choose(Operation::Dw, classes, features)?;
             let idle = de.idle(&facts, (rows, features, classes), 1);
-            Some((idle.clusters, Grid::beside(&dw, (classes, features, rows), 66, idle)))
+            Some(HeadStart::of(&dw, (classes, features, rows), 66, idle))
         };
-        let Some(large) = grid(8192, 4096, 128_256) else { return };
+        let Some(large) = start(8192, 4096, 128_256) else { return };
         // dE: 512 tiles of 66 clusters, 16 of which have none in the last wave: each would last for
-        // 15.66 tiles of dW. dW: 8016 = 119 x 66 + 162 tiles instead of 122 turns.
-        assert_eq!(large, (16, Grid { clusters: 66 + 162, sweepers: 66 }));
-        // 8316 = 123 x 66 + 198 tiles instead of 126 turns.
-        let even = grid(8192, 3584, 152_064).unwrap();
-        assert_eq!(even, (14, Grid { clusters: 66 + 198, sweepers: 66 }));
-        // 1024 = 15 x 66 + 34 tiles: too few of them fit to spare anyone the last one.
-        assert_eq!(grid(8192, 1024, 65_536).unwrap(), (4, Grid { clusters: 66, sweepers: 0 }));
+        // 15.66 tiles of dW, of which there are 8016 = 119 x 66 + 162: 119 turns instead of 122.
+        assert_eq!(large, HeadStart { early: 16, head: 11 });
+        // 8316 tiles in 123 turns instead of 126.
+        assert_eq!(start(8192, 3584, 152_064).unwrap(), HeadStart { early: 14, head: 15 });
+        // 1024 = 15 x 66 + 34 tiles: no turn less.
+        assert_eq!(start(8192, 1024, 65_536).unwrap(), HeadStart { early: 4, head: 0 });
         // A chunk of a recomputing backward: dE's tiles are as short as dW's.
-        assert_eq!(grid(8192, 4096, 8448).unwrap(), (16, Grid { clusters: 66, sweepers: 0 }));
+        assert_eq!(start(8192, 4096, 8448).unwrap(), HeadStart { early: 16, head: 0 });
         // Fewer tiles than clusters.
-        assert_eq!(grid(256, 256, 2048).unwrap().1.sweepers, 0);
+        assert_eq!(start(256, 256, 2048).unwrap().head, 0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use logitless_core::{DType, Tensor};
 
 pub(crate) use crate::choice::{Choice, choose, choose_gated, choose_sliced, exists, slices};
-use crate::choice::{Grid, Idle};
+use crate::choice::{HeadStart, Idle};
 use crate::driver::{Start, TensorMap, TensorMapSpec};
 use crate::error::Result;
 use crate::images;
@@ -146,7 +146,7 @@ impl Operation {
         }
     }
 
-    /// Whether the clusters of its kernels may have unequal shares.
+    /// Whether clusters of its kernels may have a head start.
     fn uneven(self) -> bool {
         matches!(self, Operation::Dw | Operation::DwF32)
     }
@@ -243,11 +243,11 @@ pub(crate) unsafe fn ordered(
         Order::Beside(_) if choice.by_maps() => stream.device.start(Start::Beside),
         _ => Start::After,
     };
-    let grid = match order {
+    let HeadStart { early, head } = match order {
         Order::Beside(idle) if start == Start::Beside && operation.uneven() => {
-            Grid::beside(choice, (m, n, k), at_once, idle)
+            HeadStart::of(choice, (m, n, k), at_once, idle)
         }
-        _ => Grid::even(tiles, at_once),
+        _ => HeadStart::default(),
     };
     let params = params::Gemm {
         a: a.address,
@@ -257,12 +257,15 @@ pub(crate) unsafe fn ordered(
         ldb: b.row_stride,
         ldd: d.map_or(0, |d| d.row_stride),
         group: choice.group(operation, m, k) as i32,
-        sweepers: grid.sweepers as i32,
+        early: early as i32,
+        head: head as i32,
         ..epilogue
     };
     let launch = |maps: Option<&[TensorMap; 3]>| {
         // SAFETY: the caller's promise.
-        unsafe { stream.launch_tiles(choice.name, kernel, grid.clusters, start, maps, &params) }
+        unsafe {
+            stream.launch_tiles(choice.name, kernel, tiles.min(at_once), start, maps, &params)
+        }
     };
     if !choice.by_maps() {
         return launch(None);

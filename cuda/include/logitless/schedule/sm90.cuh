@@ -31,7 +31,8 @@
 //             beside the one ahead (dW beside dE) shares inputs with it that were complete before
 //             either began, and neither touches what the other writes. Without the wait it could
 //             end first, and what follows, which waits for it alone, would overtake the other. It
-//             also stands before the early return.
+//             also stands before the early return. The producer's wait inside the walk prevents no
+//             race: it keeps the clusters at one block of K (schedule/raster.cuh).
 #pragma once
 #include "logitless/epilogue/band.cuh"
 #include "logitless/epilogue/fragments.cuh"
@@ -80,6 +81,7 @@ struct Sm90Gemm {
       Raster<kTileM * kCluster, kTileN,
              Epilogue::kGated && kTileM * kCluster <= 256,  // a larger tile has no repair
              Epilogue::kSliced>;
+  using Turns = Walk<Epilogue::kAhead>;  // dW's are uneven
 
   // -- producer ----------------------------------------------------------------------------------
   // Loads this CTA's A tile and its share of the B tile of one k-block.
@@ -114,12 +116,13 @@ struct Sm90Gemm {
   }
 
   static __device__ __forceinline__ void produce(const TensorMap* map_a, const TensorMap* map_b,
-                                                 const Tiles& tiles, const Walk& walk, u32 shared,
-                                                 u32 full, u32 empty, int k_blocks) {
+                                                 const Tiles& tiles, const Turns& turns,
+                                                 u32 shared, u32 full, u32 empty, int k_blocks) {
     const int rank = ptx::cluster_rank();
     Position at;
-    for (int t = walk.first; t < walk.last; t += walk.step) {
-      const Tile tile = tiles(t);
+    for (int i = 0; i < turns.count; i++) {
+      if (turns.joins(i)) ptx::wait_for_grid_ahead();
+      const Tile tile = tiles(turns(i));
       const int m = (tile.row_block * kCluster + rank) * kTileM, n = tile.column_block * kTileN;
       const int k0 = tile.slice * k_blocks * kDepth;
 #pragma unroll 1  // 24 registers: nothing of a second iteration may be alive
@@ -189,26 +192,25 @@ struct Sm90Gemm {
   }
 
   static __device__ __forceinline__ void consume(const TensorMap* map_d, const GemmParams& p,
-                                                 const Tiles& tiles, const Walk& walk, u32 shared,
-                                                 u32 full, u32 empty, int rows, int k_blocks, int w,
-                                                 int warp, int lane) {
+                                                 const Tiles& tiles, const Turns& turns,
+                                                 u32 shared, u32 full, u32 empty, int rows,
+                                                 int k_blocks, int w, int warp, int lane) {
     constexpr u32 kTurn = 4;
     const int rank = ptx::cluster_rank();
-    const auto [first, total, step] = walk;
     const int offset = kPingPong ? 0 : w * kFragments * kPanelBytes;
     Position at;
     PanelStore<Half, Epilogue::kPanels> store(
         map_d, shared + kPanels + w * Epilogue::kPanels * kPanelBytes, 2 + w, warp, lane);
     if (kPingPong && w == 1) {
       at.skip(k_blocks);
-      if (first < total) ptx::barrier_arrive(kTurn, 256);  // the first turn is warpgroup 0's
+      if (turns.count > 0) ptx::barrier_arrive(kTurn, 256);  // the first turn is warpgroup 0's
     }
     Accumulators acc;
-    for (int t = first + (kPingPong ? w * step : 0); t < total; t += (kPingPong ? 2 : 1) * step) {
+    for (int i = kPingPong ? w : 0; i < turns.count; i += kPingPong ? 2 : 1) {
       if (kPingPong) ptx::barrier_sync(kTurn + w, 256);
       // The turn goes to the next tile's warpgroup, if there is a next tile: every arrival meets a
       // wait.
-      const Tile tile = tiles(t);
+      const Tile tile = tiles(turns(i));
       const int first_row =
           (tile.row_block * kCluster + rank) * kTileM + (kPingPong ? 0 : w * kFragments * 64);
       const auto band_of = [&](int f) {
@@ -216,7 +218,7 @@ struct Sm90Gemm {
                     tile.column_block, lane};
       };
       multiply(acc, at, shared, full, empty, offset, lane, k_blocks,
-               t + step < total ? kTurn + (w ^ 1) : 0, [&] {
+               i + 1 < turns.count ? kTurn + (w ^ 1) : 0, [&] {
                  if constexpr (Epilogue::kAhead)
                    for (int f = 0; f < kFragments; f++)
                      Epilogue::template ahead<kTileN>(band_of(f));
@@ -264,15 +266,14 @@ struct Sm90Gemm {
     const int depth = count >= 0 && p.count_is_k ? count : p.k;
     const Tiles tiles(p, rows);
     const int k_blocks = tiles.share(ceil_div(depth, kDepth));
-    const Walk walk = Walk::of<Epilogue::kAhead>(  // of the two, dW is the one that starts beside
-        p, tiles.tiles(), ptx::cluster_index(), ptx::cluster_count());
+    const Turns turns(p, tiles.tiles(), ptx::cluster_index(), ptx::cluster_count());
     if (warpgroup == 0) {
       ptx::registers_shrink<kProducerRegisters>();
       if (warp == 0 && ptx::elect_one())
-        produce(map_a, map_b, tiles, walk, shared, full, empty, k_blocks);
+        produce(map_a, map_b, tiles, turns, shared, full, empty, k_blocks);
     } else {
       ptx::registers_grow<kConsumerRegisters>();
-      consume(map_d, p, tiles, walk, shared, full, empty, rows, k_blocks, warpgroup - 1, warp,
+      consume(map_d, p, tiles, turns, shared, full, empty, rows, k_blocks, warpgroup - 1, warp,
               lane);
     }
     __syncwarp();

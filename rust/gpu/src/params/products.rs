@@ -45,8 +45,8 @@ pub struct Gemm {
     pub reserved: i32,
     pub slices: i32,
     pub slice_rows: i32,
-    pub sweepers: i32,
-    pub unused: i32,
+    pub early: i32,
+    pub head: i32,
 }
 const _: () = assert!(size_of::<Gemm>() == 264);
 
