@@ -3,8 +3,9 @@
 //
 // Every sum runs in a fixed order.
 //
-//   finish_*    32 rows x 16 slices of the tiles (8 for `full`) a block, 8 tiles (4) in flight a
-//               thread: 4 to 14 KB of shared memory for the tree over the slices, 32 to 78 registers
+//   finish_*    32 slots x 16 slices of the tiles (8 for `full`) a block, 9 tiles (fixed: 18, full:
+//               4) in flight a thread; 4 to 14 KB of shared memory for the tree over the slices, 58
+//               to 90 registers, two blocks a multiprocessor
 //   column_sum  32 columns x 8 slices of the rows
 // No spills.
 #include "logitless/common.cuh"
@@ -15,9 +16,9 @@ using namespace logitless;
 // -- partials to outputs ------------------------------------------------------------------------
 namespace {
 
-// Block = 32 slots x kSlices slices of the tiles. A slice asks for kBatch tiles before it folds them:
-// one by one they would each wait for memory. Then neighbouring slices, in a tree. Partials are asked
-// for before it is known which slots are live; what dead ones hold is not used.
+// Block = 32 slots x kSlices slices of the tiles. A slice asks for kBatch tiles before it folds
+// them: one by one they would each wait for memory. Then neighbouring slices, in a tree. Partials
+// are asked for before it is known which slots are live; what dead ones hold is not used.
 template <class Partial, int kSlices, int kBatch>
 __device__ __forceinline__ void finish(const FinishParams& p) {
   __shared__ __align__(16) unsigned char bytes[kSlices * 32 * sizeof(Partial)];

@@ -93,7 +93,7 @@ struct Targets {
   i64 classes;      // V: an id outside [0, V) that is not padding makes the row nan
 };
 
-// -- rows.cu, fold.cu ------------------------------------------------------------------------------------------------
+// -- select.cu, rows.cu, fold.cu -------------------------------------------------------------------------------------------
 // live_rows: flags and the largest magnitude of the cotangents.
 struct LiveParams {
   Fields grad;

@@ -1,6 +1,7 @@
 //! A stream of one device, and launches on it.
 
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use logitless_core::DType;
 
@@ -8,6 +9,11 @@ use crate::driver::{self, Current, Device, Shape, Start, TensorMap};
 use crate::error::Result;
 use crate::images::{self, Kernel};
 use crate::params;
+
+/// Whether the last launch of the process was a product: behind one, there is nothing to gain from
+/// coming onto the device early, and profilers would count the wait. A hint, whatever threads and
+/// streams there are.
+static BEHIND_PRODUCT: AtomicBool = AtomicBool::new(true);
 
 /// The caller's stream, with its device's context current for as long as this lives.
 pub(crate) struct Stream {
@@ -41,7 +47,11 @@ impl Stream {
             return Ok(());
         }
         let kernel = images::kernel(self.device, name)?;
-        let start = self.device.start(Start::Beside);
+        let start = if BEHIND_PRODUCT.swap(false, Ordering::Relaxed) {
+            Start::After
+        } else {
+            self.device.start(Start::Beside)
+        };
         let shape = Shape { grid: (grid.0 as u32, grid.1 as u32), block, shared, start };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         // SAFETY: every kernel launched here takes the one struct by value and is a KERNEL, all of whose
@@ -62,6 +72,7 @@ impl Stream {
         maps: Option<&[TensorMap; 3]>,
         params: &params::Gemm,
     ) -> Result<()> {
+        BEHIND_PRODUCT.store(true, Ordering::Relaxed);
         let tile = kernel.tile.expect("a tensor-core kernel has a tile");
         let grid = (clusters as u32 * tile.cluster, 1);
         let shape = Shape { grid, block: tile.threads, shared: tile.shared, start };

@@ -11,8 +11,8 @@
 //   plane 4   sum over all of (z - block mean)^2
 //   plane 5   max over all; nan wins
 //   plane 6   its class (bits of an int), the lowest id among equals
-// Blocks merge by statistics/rest.cuh, moments.cuh and maximum.cuh. The targets' own logits are by the
-// way (GemmParams.target_z): a pass over their classes' rows of W would be 1% of the time.
+// Blocks merge by statistics/rest.cuh, moments.cuh and maximum.cuh. The targets' own logits are by
+// the way (GemmParams.target_z): a pass over their classes' rows of W would be 1% of the time.
 //
 // Two passes over the registers: the maximum, agreed upon by the quad of lanes that shares a row,
 // then everything else, so that sums are plain additions. The squares are taken about the maximum
@@ -63,7 +63,7 @@ struct OnlineEpilogue {
       top[half] = fmaxf(top[half], kCareful && !ex.is_rest(i) ? -infinity() : z[i]);
       if (kCareful) target[half] = ex.is_target(i) ? z[i] : target[half];
     }
-    if (kCareful && !kMoments && band.p.target_z) {  // with the moments it would cost 230 spilled bytes
+    if (kCareful && !kMoments && band.p.target_z) {  // beside the moments it spills 230 bytes
 #pragma unroll
       for (int half = 0; half < 2; half++)
         if (ex.has_target(half)) band.p.target_z[band.my_row(half)] = target[half];

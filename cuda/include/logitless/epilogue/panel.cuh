@@ -51,9 +51,9 @@ struct PanelStore {
     if (kPanels == 2) current ^= 1;
   }
 
-  // The same, row i of D to row `places[i]` of memory; rows from `live` on and columns from `columns`
-  // on, a multiple of 8, are nowhere. A warp reads the 16 rows that it has put there: 8 lanes write
-  // 128 bytes of one. The next `open` waits for all of them.
+  // The same, row i of D to row `places[i]` of memory; rows from `live` on and columns from
+  // `columns` on, a multiple of 8, are nowhere. A warp reads the 16 rows that it has put there: 8
+  // lanes write 128 bytes of one. The next `open` waits for all of them.
   __device__ __forceinline__ void close_to(u16* out, i64 pitch, const int* places, int live,
                                            int columns) {
     __syncwarp();  // every lane's part of the rows is there

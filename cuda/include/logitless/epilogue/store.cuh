@@ -5,8 +5,8 @@
 
 namespace logitless {
 
-// D = half(alpha * row factor * acc + the targets' part). Where a row's targets come with it and not
-// in lists, rows may go to places of their own.
+// D = half(alpha * row factor * acc + the targets' part). Where a row's targets come with it and
+// not in lists, rows may go to places of their own.
 template <class Targets, int kStorePanels>
 struct HalfStoreEpilogue {
   static constexpr int kPanels = kStorePanels;

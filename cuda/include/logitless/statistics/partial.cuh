@@ -20,8 +20,8 @@ __device__ __forceinline__ void put(void* field, i64 row, int slot, float x) {
 }
 
 
-// Puts the block of 256 slots on the list of those to run again, once. In any order: a block's results
-// are its own.
+// Puts the block of 256 slots on the list of those to run again, once. In any order: a block's
+// results are its own.
 __device__ __forceinline__ void list_block(const FinishParams& p, int slot) {
   const int block = slot / 256;
   int* const flags = p.gate + (gate_length(p.list) + 1) / 2;

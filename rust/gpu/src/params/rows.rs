@@ -1,4 +1,4 @@
-//! Parameters of `rows.cu` and `fold.cu`.
+//! Parameters of `select.cu`, `rows.cu` and `fold.cu`.
 
 use std::mem::size_of;
 
