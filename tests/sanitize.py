@@ -61,6 +61,16 @@ def partly_stored() -> None:
     (s.log_prob + s.entropy).sum().backward()
 
 
+def forward_alone(dtype: Any) -> None:
+    """Rows left in their places, or packed, where nothing is kept for a backward."""
+    e, w = tensor(520, 64, dtype=dtype), tensor(301, 64, dtype=dtype)
+    y = torch.arange(520, device="cuda") % 301
+    for ignored in (3, 300):
+        y[:ignored] = -100
+        LF.linear_cross_entropy(e, w, y, ignore_index=-100)
+        LF.linear_log_prob(e, w, y, ignore_index=-100)
+
+
 def few_rows(dtype: Any, memory: str) -> None:
     """The input's gradient in slices of the classes."""
     e = tensor(9, 64, dtype=dtype).requires_grad_()
@@ -97,6 +107,7 @@ def of(dtype: Any) -> None:
         for features in (64, 33):
             cross_entropy(dtype, memory, features)
         few_rows(dtype, memory)
+    forward_alone(dtype)
     everything(dtype)
 
 
