@@ -3,8 +3,9 @@
 // With x = rest - target, the log of what the other classes weigh beside the target:
 //   loss = log(1 + e^x), lse = loss + target, and z_loss * lse^2 where it is asked for;
 //   d loss / d rest = 1 / (1 + e^-x) = -d loss / d target
-// One launch each way: in a framework's own operations it is some twenty of 3 us, 2.5% of a training
-// step at D = 768, V = 50257. A sum over rows is one block's, in double and in a fixed order.
+// One launch each way: in a framework's own operations it is some twenty of 3 us, 2.5% of a
+// training step at D = 768, V = 50257. A sum over rows is one block's, in double and in a fixed
+// order.
 //
 // No shared memory but 48 doubles; 24 to 40 registers, no spills.
 #include "logitless/common.cuh"
@@ -15,12 +16,26 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-template <class T> __device__ __forceinline__ T exponential(T x);
-template <> __device__ __forceinline__ float exponential(float x) { return expf(x); }
-template <> __device__ __forceinline__ double exponential(double x) { return exp(x); }
-template <class T> __device__ __forceinline__ T log_of_one_plus(T x);
-template <> __device__ __forceinline__ float log_of_one_plus(float x) { return log1pf(x); }
-template <> __device__ __forceinline__ double log_of_one_plus(double x) { return log1p(x); }
+template <class T>
+__device__ __forceinline__ T exponential(T x);
+template <>
+__device__ __forceinline__ float exponential(float x) {
+  return expf(x);
+}
+template <>
+__device__ __forceinline__ double exponential(double x) {
+  return exp(x);
+}
+template <class T>
+__device__ __forceinline__ T log_of_one_plus(T x);
+template <>
+__device__ __forceinline__ float log_of_one_plus(float x) {
+  return log1pf(x);
+}
+template <>
+__device__ __forceinline__ double log_of_one_plus(double x) {
+  return log1p(x);
+}
 
 template <class T>
 struct Row {
@@ -43,7 +58,9 @@ struct Row {
   }
 };
 
-__device__ __forceinline__ bool kept(const LossParams& p, i64 row) { return p.ids[row] != p.ignore; }
+__device__ __forceinline__ bool kept(const LossParams& p, i64 row) {
+  return p.ids[row] != p.ignore;
+}
 
 // A thread a row.
 template <class T>
@@ -96,7 +113,8 @@ __device__ __forceinline__ void slopes(const LossParams& p) {
   T rest = 0, target = 0;
   if (kept(p, row)) {
     const Row<T> r(p, row);
-    const T g = p.per_row ? ((const T*)p.gradient)[row] : *(const T*)p.gradient * *(const T*)p.share;
+    const T g =
+        p.per_row ? ((const T*)p.gradient)[row] : *(const T*)p.gradient * *(const T*)p.share;
     const T others = T(1) / (T(1) + exponential(-r.x));  // their probability
     rest = g * others;
     target = -rest;

@@ -1,4 +1,5 @@
-// common.cuh - element types, row views and warp sums for the kernels around the products. No CUDA header is included.
+// common.cuh - element types, row views and warp sums for the kernels around the products. No CUDA
+// header is included.
 #pragma once
 #include "logitless/params.cuh"
 #include "logitless/ptx/grid.cuh"
@@ -6,28 +7,35 @@
 
 namespace logitless {
 
-// -- kernels --------------------------------------------------------------------------------------------------------------
-// What a kernel does first: it lets the one that follows come onto the device, and waits for the one ahead. The host launches
-// all of these with Start::Beside (rust/gpu/src/launch.rs), so that none pays for another's launch; what follows waits too,
-// so that nothing ever runs beside what it reads or overwrites.
+// -- kernels ------------------------------------------------------------------------------------
+// What a kernel does first: it lets the one that follows come onto the device, and waits for the
+// one ahead. The host launches them with Start::Beside behind one another (rust/gpu/src/launch.rs),
+// so that none pays for another's launch; what follows waits too, so that nothing ever runs beside
+// what it reads or overwrites.
 __device__ __forceinline__ void take_turn() {
   ptx::launch_dependents();
   ptx::wait_for_grid_ahead();
 }
 
-// KERNEL(name, Params, threads) { body }: a kernel of one parameter struct, `p`, that takes its turn.
-#define KERNEL(name, Params, ...)                                                                        \
-  static __device__ __forceinline__ void name##_body(const Params& p);                                   \
-  extern "C" __global__ void __launch_bounds__(__VA_ARGS__) name(const __grid_constant__ Params p) {     \
-    take_turn();                                                                                         \
-    name##_body(p);                                                                                      \
-  }                                                                                                      \
+// KERNEL(name, Params, threads) { body }: a kernel of one parameter struct, `p`, that takes its
+// turn.
+#define KERNEL(name, Params, ...)                                      \
+  static __device__ __forceinline__ void name##_body(const Params& p); \
+  extern "C" __global__ void __launch_bounds__(__VA_ARGS__)            \
+      name(const __grid_constant__ Params p) {                         \
+    take_turn();                                                       \
+    name##_body(p);                                                    \
+  }                                                                    \
   static __device__ __forceinline__ void name##_body(const Params& p)
 
-// -- element types ------------------------------------------------------------------------------------------------------
+// -- element types ------------------------------------------------------------------------------
 // Codes are those of the binding: 0 f32, 1 f64, 2 bf16, 3 f16.
-struct bf16 { u16 bits; };
-struct f16 { u16 bits; };
+struct bf16 {
+  u16 bits;
+};
+struct f16 {
+  u16 bits;
+};
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -38,16 +46,20 @@ __device__ __forceinline__ float widen(f16 x) {
   return r;
 }
 
-template <class T> struct Element;
-template <> struct Element<float> {
+template <class T>
+struct Element;
+template <>
+struct Element<float> {
   using Acc = float;
   static __device__ __forceinline__ float from(float x) { return x; }
 };
-template <> struct Element<double> {
+template <>
+struct Element<double> {
   using Acc = double;
   static __device__ __forceinline__ double from(double x) { return x; }
 };
-template <> struct Element<bf16> {
+template <>
+struct Element<bf16> {
   using Acc = float;
   static __device__ __forceinline__ bf16 from(float x) {
     bf16 r;
@@ -55,7 +67,8 @@ template <> struct Element<bf16> {
     return r;
   }
 };
-template <> struct Element<f16> {
+template <>
+struct Element<f16> {
   using Acc = float;
   static __device__ __forceinline__ f16 from(float x) {
     f16 r;
@@ -68,31 +81,53 @@ template <> struct Element<f16> {
 template <class Acc>
 __device__ __forceinline__ Acc load_any(const void* p, int dtype, i64 at) {
   switch (dtype) {
-    case 0: return (Acc)((const float*)p)[at];
-    case 1: return (Acc)((const double*)p)[at];
-    case 2: return (Acc)widen(((const bf16*)p)[at]);
-    default: return (Acc)widen(((const f16*)p)[at]);
+    case 0:
+      return (Acc)((const float*)p)[at];
+    case 1:
+      return (Acc)((const double*)p)[at];
+    case 2:
+      return (Acc)widen(((const bf16*)p)[at]);
+    default:
+      return (Acc)widen(((const f16*)p)[at]);
   }
 }
 template <class Acc>
 __device__ __forceinline__ void store_any(void* p, int dtype, i64 at, Acc x) {
   switch (dtype) {
-    case 0: ((float*)p)[at] = (float)x; break;
-    case 1: ((double*)p)[at] = (double)x; break;
-    case 2: ((bf16*)p)[at] = Element<bf16>::from((float)x); break;
-    default: ((f16*)p)[at] = Element<f16>::from((float)x); break;
+    case 0:
+      ((float*)p)[at] = (float)x;
+      break;
+    case 1:
+      ((double*)p)[at] = (double)x;
+      break;
+    case 2:
+      ((bf16*)p)[at] = Element<bf16>::from((float)x);
+      break;
+    default:
+      ((f16*)p)[at] = Element<f16>::from((float)x);
+      break;
   }
 }
 
-template <class Acc> __device__ __forceinline__ Acc infinite();
-template <> __device__ __forceinline__ float infinite<float>() { return __int_as_float(0x7f800000); }
-template <> __device__ __forceinline__ double infinite<double>() { return __longlong_as_double(0x7ff0000000000000ll); }
-template <class Acc> __device__ __forceinline__ Acc not_a_number() { return infinite<Acc>() - infinite<Acc>(); }
+template <class Acc>
+__device__ __forceinline__ Acc infinite();
+template <>
+__device__ __forceinline__ float infinite<float>() {
+  return __int_as_float(0x7f800000);
+}
+template <>
+__device__ __forceinline__ double infinite<double>() {
+  return __longlong_as_double(0x7ff0000000000000ll);
+}
+template <class Acc>
+__device__ __forceinline__ Acc not_a_number() {
+  return infinite<Acc>() - infinite<Acc>();
+}
 
 __device__ __forceinline__ bool is_nan(float x) { return x != x; }
 __device__ __forceinline__ bool is_nan(double x) { return x != x; }
 
-// -- sums in a fixed order ------------------------------------------------------------------------------------------------
+// -- sums in a fixed order ----------------------------------------------------------------------
 template <class T>
 __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
@@ -109,10 +144,11 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
-// -- memory ---------------------------------------------------------------------------------------------------------------
-// load(i), then use(i, x), for i = first, first + step ... below end, kBatch loads in flight: a loop that uses one before it
-// asks for the next waits for memory every time, and an unrolled one does so for what is left over. Past the end the last
-// one is asked for again, which costs less than a branch between loads.
+// -- memory -------------------------------------------------------------------------------------
+// load(i), then use(i, x), for i = first, first + step ... below end, kBatch loads in flight: a
+// loop that uses one before it asks for the next waits for memory every time, and an unrolled one
+// does so for what is left over. Past the end the last one is asked for again, which costs less
+// than a branch between loads.
 template <int kBatch, class Load, class Use>
 __device__ __forceinline__ void in_batches(int first, int step, int end, Load&& load, Use&& use) {
 #pragma unroll 1
@@ -126,7 +162,7 @@ __device__ __forceinline__ void in_batches(int first, int step, int end, Load&& 
   }
 }
 
-// -- logits ---------------------------------------------------------------------------------------------------------------
+// -- logits -------------------------------------------------------------------------------------
 // z = softcap tanh((scale dot + bias) / softcap); softcap 0 means none.
 __device__ __forceinline__ float logit_map(float dot, float scale, float bias, float softcap) {
   const float x = fmaf(scale, dot, bias);
@@ -137,15 +173,24 @@ __device__ __forceinline__ double logit_map(double dot, double scale, double bia
   return softcap > 0. ? softcap * tanh(x / softcap) : x;
 }
 
-// -- rows -----------------------------------------------------------------------------------------------------------------
-__device__ __forceinline__ int live_count(const RowList& list) { return list.count ? *list.count : (int)list.total; }
-__device__ __forceinline__ i64 row_at(const RowList& list, int slot) { return list.rows ? list.rows[slot] : slot; }
+// -- rows ---------------------------------------------------------------------------------------
+__device__ __forceinline__ int live_count(const RowList& list) {
+  return list.count ? *list.count : (int)list.total;
+}
+__device__ __forceinline__ i64 row_at(const RowList& list, int slot) {
+  return list.rows ? list.rows[slot] : slot;
+}
 
-// Slots that a packed buffer defines: the live ones, and zeros to the end of their block of 256 rows, which products read.
-__device__ __forceinline__ int zeroed_rows(int count, int padded) { return min(padded, (count + 255) / 256 * 256); }
+// Slots that a packed buffer defines: the live ones, and zeros to the end of their block of 256
+// rows, which products read.
+__device__ __forceinline__ int zeroed_rows(int count, int padded) {
+  return min(padded, (count + 255) / 256 * 256);
+}
 
 // Ints of a list of blocks of 256 slots: their number, their indices, a flag for each block.
-__device__ __forceinline__ int gate_length(const RowList& list) { return 1 + 2 * (int)((list.total + 255) / 256); }
+__device__ __forceinline__ int gate_length(const RowList& list) {
+  return 1 + 2 * (int)((list.total + 255) / 256);
+}
 
 // Row i of a view. Rows are counted in 31 bits: a division of 64 would take longer than a load.
 template <class T>
@@ -154,8 +199,8 @@ __device__ __forceinline__ const T* row_of(const RowView& v, i64 i) {
   return (const T*)v.data + outer * v.outer_stride + ((u32)i - outer * inner) * v.inner_stride;
 }
 
-// Row kernels that only move give a row to each warp of their blocks of 256: a block a row is mostly idle below 2048
-// features, and starts cost more than the copy.
+// Row kernels that only move give a row to each warp of their blocks of 256: a block a row is
+// mostly idle below 2048 features, and starts cost more than the copy.
 __device__ __forceinline__ i64 row_of_warp() { return blockIdx.x * 8ll + threadIdx.x / 32; }
 
 // Eight elements at once, as 16-byte accesses.
