@@ -5,17 +5,18 @@
 //   asks for).
 //
 //   tile      stages  shared bytes  accumulators  operations
-//   p128x192  5       204880        192           online_rest, online, statistics
-//             5       221264        192           gradient_ce, gradient, store_exp, store_moment,
-//                                                repair, logits
-//             4       196672        192           gradient_ce, gradient with a map
+//   p128x192  5       204880        192           online_rest, online, statistics, repair
+//             5       221264        192           gradient_ce, gradient, gradient_sums, store_exp,
+//                                                store_moment, logits
+//             4       196672        192           gradient_ce, gradient, store_exp, store_moment
+//                                                with a map
 //   c128x256  4       229440        128           dw, dw_f32, de, de_f32
 //   c128x192  4       196672        96            dw, de_f32
 //   c256x192  3       204848        192           dw, de, de_f32
 //   (p: ping-pong, a warpgroup a tile; c: cooperative, both on one tile)
 //
 // 384 threads, clusters of 2, 168 registers at entry, then 24 + 2 x 240 (192 accumulators) or 40 +
-// 2 x 232. Spills: none in c tiles; 0 to 52 bytes a tile in p tiles; never inside a k loop. The
+// 2 x 232. Spills: none in c tiles; 0 to 64 bytes a tile in p tiles; never inside a k loop. The
 // build's table has them kernel by kernel.
 #include "logitless/epilogue/select.cuh"
 #include "logitless/schedule/sm90.cuh"
