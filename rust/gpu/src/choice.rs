@@ -75,13 +75,39 @@ impl Choice {
     fn cost_of(&self, facts: &Facts, tiles: usize) -> f64 {
         let clusters = (facts.multiprocessors / self.tile.cluster).max(1) as usize;
         let waves = tiles.div_ceil(clusters) as f64;
-        // Measured on an H200 at equal wave counts: more bytes a product cost energy, so clock.
-        let penalty = match self.tile.name {
+        waves * f64::from(self.tile.m * self.tile.n) * self.penalty()
+    }
+
+    /// Measured on an H200 at equal wave counts: more bytes a product cost energy, so clock.
+    fn penalty(&self) -> f64 {
+        match self.tile.name {
             "c256x192" | "t128x128" => 1.0,
             "c128x256" => 1.015,
             _ => 1.03,
+        }
+    }
+
+    /// The same for an (m, n, k) product, times k, of which the one ahead leaves so much idle: what it
+    /// takes from then on.
+    pub fn cost_beside(&self, facts: &Facts, (m, n, k): (usize, usize, usize), idle: Idle) -> f64 {
+        let clusters = (facts.multiprocessors / self.tile.cluster).max(1) as usize;
+        let (tiles, tile) = (self.tiles(m, n), self.products(k) * self.penalty());
+        // Some clusters begin early. All have ended when one of either kind ends a tile.
+        let early = idle.clusters.min(clusters);
+        let made = |time: f64| {
+            let by = |count: usize, time: f64| count * (time / tile + 1e-6) as usize;
+            by(early, time + idle.products) + by(clusters - early, time)
         };
-        waves * f64::from(self.tile.m * self.tile.n) * penalty
+        let least = (tiles / clusters) as f64 * tile - idle.products;
+        let mut ends = [(least / tile).max(0.0).floor() * tile, 0.0];
+        ends[1] = ((ends[0] + idle.products) / tile).ceil() * tile - idle.products;
+        loop {
+            let next = usize::from(ends[1] < ends[0]);
+            if made(ends[next]) >= tiles {
+                return ends[next];
+            }
+            ends[next] += tile;
+        }
     }
 }
 

@@ -24,8 +24,8 @@
 
 use crate::driver::Facts;
 use crate::layout::{Geometry, padded};
-use crate::product::{Operation, choose, choose_sliced};
-use crate::widths::{backward_cost, even_width};
+use crate::product::{Operation, choose};
+use crate::widths::{backward_cost, even_width, products_cost};
 
 /// Bytes of an exponential: bf16.
 const SIZE: usize = 2;
@@ -183,8 +183,8 @@ impl Prices<'_> {
         let depth = g.features as f64;
         let forward = prices.cost(Operation::OnlineRest, g.rows, g.classes) * depth;
         let backward = prices.cost(Operation::GradientCe, g.rows, width) * depth
-            + prices.products(width)
-            + 3.0 * LAUNCH;
+            + products_cost(g, facts, width)
+            + LAUNCH;
         prices.again = forward / g.classes as f64 + backward / width as f64;
         prices
     }
@@ -194,23 +194,13 @@ impl Prices<'_> {
             .map_or(0.0, |choice| choice.cost(self.facts, m, n))
     }
 
-    /// The two products of a gradient tile.
-    fn products(&self, width: usize) -> f64 {
-        let (rows, features) = (self.g.rows, self.g.features);
-        self.cost(Operation::DwF32, width, features) * rows as f64
-            + choose_sliced(self.facts, self.g.dtype, (rows, features, width), self.g.slices)
-                .map_or(0.0, |found| found.1)
-            // Adding to the sums of the input's gradient reads and writes them.
-            + 2.0 * PASS * (rows * features) as f64
-    }
-
     /// Time of a kept chunk of `width` classes.
     fn kept(&self, width: usize) -> f64 {
         let (rows, depth) = (self.g.rows, self.g.features as f64);
         // The gradient of an entropy takes a pass over the exponentials.
         let pass = if self.g.entropy() { (rows * width) as f64 * PASS + LAUNCH } else { 0.0 };
         let forward = self.cost(Operation::StoreExp, rows, width) * depth;
-        forward + self.products(width) + pass + 3.0 * LAUNCH
+        forward + LAUNCH + products_cost(self.g, self.facts, width) + pass
     }
 
     /// What a kept chunk of `width` classes saves; it may be less than nothing.

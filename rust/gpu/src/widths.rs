@@ -36,19 +36,31 @@ pub(crate) fn even_width(g: &Geometry, facts: &Facts, classes: usize, most: usiz
 /// Time of a backward that makes `classes` classes in chunks of `width`, in the units of
 /// `Choice::cost` times depth.
 pub(crate) fn backward_cost(g: &Geometry, facts: &Facts, classes: usize, width: usize) -> f64 {
+    let logits = if g.path == Path::Tiled { Operation::Logits } else { Operation::Gradient };
     let chunk = |width: usize| {
-        let cost = |operation, m, n, depth: usize| {
-            choose(facts, operation, g.dtype, false, m, n)
-                .map_or(0.0, |choice| choice.cost(facts, m, n) * depth as f64 + LAUNCH)
-        };
-        let logits = if g.path == Path::Tiled { Operation::Logits } else { Operation::Gradient };
-        cost(logits, g.rows, width, g.features)
-            + cost(Operation::DwF32, width, g.features, g.rows)
-            + choose_sliced(facts, g.dtype, (g.rows, g.features, width), g.slices)
-                .map_or(0.0, |(_, cost)| cost + LAUNCH)
-            // Adding to the sums of the input's gradient reads and writes them.
-            + 2.0 * PASS * (g.rows * g.features) as f64
+        choose(facts, logits, g.dtype, false, g.rows, width)
+            .map_or(0.0, |choice| choice.cost(facts, g.rows, width) * g.features as f64 + LAUNCH)
+            + products_cost(g, facts, width)
     };
     let (whole, last) = (classes / width, classes % width);
     whole as f64 * chunk(width) + if last > 0 { chunk(last) } else { 0.0 }
+}
+
+/// Time of the products that make the gradients of a tile of `width` classes: that of the input, and
+/// beside it that of the weight.
+pub(crate) fn products_cost(g: &Geometry, facts: &Facts, width: usize) -> f64 {
+    let (rows, features) = (g.rows, g.features);
+    let shape = (rows, features, width);
+    let dw = choose(facts, Operation::Dw, g.dtype, false, width, features)
+        .or_else(|| choose(facts, Operation::DwF32, g.dtype, false, width, features));
+    let (Some((de, cost)), Some(dw)) = (choose_sliced(facts, g.dtype, shape, g.slices), dw) else {
+        return 0.0;
+    };
+    let after = if de.by_maps() {
+        dw.cost_beside(facts, (width, features, rows), de.idle(facts, shape, g.slices))
+    } else {
+        dw.cost(facts, width, features) * rows as f64
+    };
+    // Adding to the sums of the input's gradient reads and writes them.
+    cost + after + 2.0 * PASS * (rows * features) as f64 + 2.0 * LAUNCH
 }
