@@ -36,22 +36,6 @@ impl Choice {
         m.div_ceil((self.tile.m * self.tile.cluster) as usize) * n.div_ceil(self.tile.n as usize)
     }
 
-    /// Cluster rows that the raster sweeps along the columns together: 2048 rows, so that what runs
-    /// at one time is about square; or more, where the rows of A that a sweep comes back to stay in
-    /// the L2, and B is read once a sweep.
-    pub fn group(&self, operation: Operation, m: usize, k: usize) -> usize {
-        /// Of an H200's 60 MB of L2, each half of which has a copy of its own.
-        const STAY: usize = 22 << 20;
-        let rows = (self.tile.m * self.tile.cluster) as usize;
-        let square = (2048 / rows).max(1);
-        if !self.by_maps() || operation.transposed() != (false, false) {
-            return square;
-        }
-        let fit = (STAY / (2 * rows * k.max(1))).max(1);
-        let blocks = m.div_ceil(rows);
-        blocks.div_ceil(blocks.div_ceil(fit).max(1)).max(square)
-    }
-
     /// What the last wave of an (m, n, k) product leaves idle, in `slices` shares of k.
     pub fn idle(&self, facts: &Facts, (m, n, k): (usize, usize, usize), slices: usize) -> Idle {
         let clusters = (facts.multiprocessors / self.tile.cluster).max(1) as usize;
@@ -309,21 +293,6 @@ mod tests {
             let sums = found * m.next_multiple_of(256) * n * 4;
             assert!(sums <= 64 << 20, "{m} rows: {sums} bytes of sums");
         }
-    }
-
-    #[test]
-    fn sweeps_are_as_few_as_the_cache_allows() {
-        let facts = Facts::h200();
-        let operation = Operation::OnlineRest;
-        let Some(choice) = choose(&facts, operation, DType::Bf16, false, 8192, 65_536) else {
-            return;
-        };
-        for (m, k, group) in
-            [(8192, 4096, 11), (8192, 2304, 16), (8192, 1024, 32), (300, 64, 8), (8192, 16_384, 8)]
-        {
-            assert_eq!(choice.group(operation, m, k), group, "{m} rows of {k}");
-        }
-        assert_eq!(choice.group(Operation::Dw, 65_536, 8192), 8);
     }
 
     #[test]

@@ -152,7 +152,7 @@ impl Operation {
     }
 
     /// Whether A and B are stored with K as rows.
-    pub fn transposed(self) -> (bool, bool) {
+    fn transposed(self) -> (bool, bool) {
         match self {
             Operation::Dw | Operation::DwF32 => (true, true),
             Operation::De | Operation::DeF32 => (false, true),
@@ -256,7 +256,8 @@ pub(crate) unsafe fn ordered(
         lda: a.row_stride,
         ldb: b.row_stride,
         ldd: d.map_or(0, |d| d.row_stride),
-        group: choice.group(operation, m, k) as i32,
+        // Rows of a cluster in a raster group: 2048 rows.
+        group: (2048 / (tile.m * tile.cluster)).max(1) as i32,
         early: early as i32,
         head: head as i32,
         ..epilogue
