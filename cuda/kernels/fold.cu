@@ -4,8 +4,8 @@
 // Every sum runs in a fixed order.
 //
 //   finish_*    32 slots x 16 slices of the tiles (8 for `full`) a block, 9 tiles (fixed: 18, full:
-//               4) in flight a thread; 4 to 14 KB of shared memory for the tree over the slices, 58
-//               to 90 registers, two blocks a multiprocessor
+//               4) in flight a thread; 4 to 14 KB of shared memory for the tree over the slices, 56
+//               to 92 registers, two blocks a multiprocessor
 //   column_sum  32 columns x 8 slices of the rows
 // No spills.
 #include "logitless/common.cuh"
@@ -18,7 +18,8 @@ namespace {
 
 // Block = 32 slots x kSlices slices of the tiles. A slice asks for kBatch tiles before it folds
 // them: one by one they would each wait for memory. Then neighbouring slices, in a tree. Partials
-// are asked for before it is known which slots are live; what dead ones hold is not used.
+// are asked for before it is known which slots are live; what dead ones hold is not used. The time
+// is that of one trip to memory and of fetching the code, so what can be a loop is one.
 template <class Partial, int kSlices, int kBatch>
 __device__ __forceinline__ void finish(const FinishParams& p) {
   __shared__ __align__(16) unsigned char bytes[kSlices * 32 * sizeof(Partial)];
@@ -29,31 +30,35 @@ __device__ __forceinline__ void finish(const FinishParams& p) {
   const i64 row = writes ? row_at(p.list, slot) : 0;
   const int own = writes && p.list.slots ? p.list.slots[slot] : 0;  // of the row of that number
   const float reference = writes && p.reference ? p.reference[slot] : 0.f;
-  auto load = [&](int tile) {
-    // Columns of this tile: the last one of a launch, and of all launches, is ragged.
+  auto columns = [&](int tile) {  // the last tile of a launch, and of all launches, is ragged
     const int chunk = tile / p.chunk_tiles,
               in_chunk = (tile - chunk * p.chunk_tiles) * p.tile_columns;
     const i64 chunk_end = min((i64)p.chunk_columns, p.classes - (i64)chunk * p.chunk_columns);
-    return Partial::load(p, p.part + (i64)tile * p.ld_row + slot,
-                         (int)min((i64)p.tile_columns, chunk_end - in_chunk));
+    return (int)min((i64)p.tile_columns, chunk_end - in_chunk);
   };
   Partial state = Partial::empty();
   const int per = (p.tiles + kSlices - 1) / kSlices, end = min(p.tiles, (slice + 1) * per);
 #pragma unroll 1
   for (int tile = slice * per; tile < end; tile += kBatch) {
-    Partial next[kBatch];
+    const float* part = p.part + (i64)tile * p.ld_row + slot;
+    Partial next[kBatch + 1];
+    next[kBatch] = state;
 #pragma unroll
-    for (int i = 0; i < kBatch; i++) next[i] = load(min(tile + i, end - 1));
+    for (int i = 0; i < kBatch; i++) {
+      const int there = min(i, end - 1 - tile);
+      next[i] = Partial::load(p, part, there * p.ld_row, columns(tile + there));
+    }
 #pragma unroll
     for (int i = 1; i < kBatch; i++)
       if (tile + i >= end) next[i] = Partial::empty();
-    state.merge(Partial::fold(next));
+    state = Partial::fold(next);
   }
-#pragma unroll
+#pragma unroll 1
   for (int step = 1; step < kSlices; step *= 2) {
-    if (slice % (2 * step) == step) shared[threadIdx.x] = state;
+    const int place = slice & (2 * step - 1);
+    if (place == step) shared[threadIdx.x] = state;
     __syncthreads();  // the right-hand slices are there
-    if (slice % (2 * step) == 0) state.merge(shared[threadIdx.x + 32 * step]);
+    if (place == 0) state.merge(shared[threadIdx.x + 32 * step]);
   }
   if (!writes) return;
   if (slot < count) state.finish(p, row, slot, reference);
@@ -62,7 +67,10 @@ __device__ __forceinline__ void finish(const FinishParams& p) {
 
 }  // namespace
 
-KERNEL(finish_online, FinishParams, 512, 2) { finish<OnlinePartial, 16, 9>(p); }
+KERNEL(finish_online, FinishParams, 512, 2) {
+  if (p.planes > 2) finish<OnlinePartial<true>, 16, 9>(p);
+  else finish<OnlinePartial<false>, 16, 9>(p);
+}
 KERNEL(finish_fixed, FinishParams, 512, 2) { finish<FixedPartial, 16, 18>(p); }
 KERNEL(finish_fixed_moment, FinishParams, 512, 2) { finish<FixedMomentPartial, 16, 9>(p); }
 KERNEL(finish_full, FinishParams, 256) { finish<FullPartial, 8, 4>(p); }

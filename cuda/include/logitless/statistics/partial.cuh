@@ -41,15 +41,16 @@ __device__ __forceinline__ Partial fold_pairs(const Partial (&x)[n]) {
   return y[0];
 }
 
-// Running maxima: rest, and entropy where there are three planes.
+// Running maxima: rest, and entropy of three planes.
+template <bool kEntropy>
 struct OnlinePartial {
   Rest<float> rest;
 
   static __device__ __forceinline__ OnlinePartial empty() { return {Rest<float>::empty()}; }
   static __device__ __forceinline__ OnlinePartial load(const FinishParams& p, const float* part,
-                                                       int) {
-    return {{__ldg(part), __ldg(part + p.part_plane),
-             p.planes > 2 ? __ldg(part + 2 * p.part_plane) : 0.f}};
+                                                       int at, int) {
+    return {{__ldg(part + at), __ldg(part + p.part_plane + at),
+             kEntropy ? __ldg(part + 2 * p.part_plane + at) : 0.f}};
   }
   __device__ __forceinline__ void merge(const OnlinePartial& other) { rest.merge(other.rest); }
   // The maximum first, then every term by itself: a fifth of the instructions of merges one by one,
@@ -69,14 +70,14 @@ struct OnlinePartial {
       left_out = left_out || same;
       const float shift = same ? 0.f : r.maximum - all.maximum, factor = ptx::exp2(kLog2e * shift);
       all.excess = fmaf(factor, sum, all.excess);  // a nan stays, whatever its factor
-      all.moment += factor == 0.f ? 0.f : factor * fmaf(shift, sum, r.moment);
+      if (kEntropy) all.moment += factor == 0.f ? 0.f : factor * fmaf(shift, sum, r.moment);
     }
     return {all};
   }
   __device__ __forceinline__ void finish(const FinishParams& p, i64 row, int slot,
                                          float reference) const {
     put(p.out.rest, row, slot, rest.finish());
-    put(p.out.entropy, row, slot, entropy_of(rest));
+    if (kEntropy) put(p.out.entropy, row, slot, entropy_of(rest));
     put(p.out.target, row, slot, reference);  // where the products made it
   }
 };
@@ -86,8 +87,9 @@ struct FixedPartial {
   double sum;
 
   static __device__ __forceinline__ FixedPartial empty() { return {0.}; }
-  static __device__ __forceinline__ FixedPartial load(const FinishParams&, const float* part, int) {
-    return {__ldg(part)};
+  static __device__ __forceinline__ FixedPartial load(const FinishParams&, const float* part,
+                                                      int at, int) {
+    return {__ldg(part + at)};
   }
   __device__ __forceinline__ void merge(const FixedPartial& other) { sum += other.sum; }
   template <int n>
@@ -111,8 +113,8 @@ struct FixedMomentPartial {
 
   static __device__ __forceinline__ FixedMomentPartial empty() { return {0., 0.}; }
   static __device__ __forceinline__ FixedMomentPartial load(const FinishParams& p,
-                                                            const float* part, int) {
-    return {__ldg(part), __ldg(part + p.part_plane)};
+                                                            const float* part, int at, int) {
+    return {__ldg(part + at), __ldg(part + p.part_plane + at)};
   }
   __device__ __forceinline__ void merge(const FixedMomentPartial& other) {
     sum += other.sum;
@@ -147,8 +149,9 @@ struct FullPartial {
     return {Rest<float>::empty(), Moments<double>::empty(), Maximum<float>::empty()};
   }
   static __device__ __forceinline__ FullPartial load(const FinishParams& p, const float* part,
-                                                     int columns) {
+                                                     int at, int columns) {
     const i64 plane = p.part_plane;
+    part += at;
     return {{__ldg(part), __ldg(part + plane), __ldg(part + 2 * plane)},
             Moments<double>::block(columns, __ldg(part + 3 * plane), __ldg(part + 4 * plane)),
             {__ldg(part + 5 * plane), __float_as_int(__ldg(part + 6 * plane))}};
