@@ -29,8 +29,8 @@ class Params(c.Structure):
         ("part_plane", c.c_int64),
         *((name, c.c_void_p) for name in ("gate", "onehot_w", "onehot_g")),
         ("onehot_ld", c.c_int64),
-        *((name, c.c_void_p) for name in ("onehot_start", "onehot_rows", "scale_at")),
-        *((name, c.c_void_p) for name in ("columns", "dots", "target_z", "in_place")),
+        *((name, c.c_void_p) for name in ("onehot_start", "onehot_rows", "onehot_sums")),
+        *((name, c.c_void_p) for name in ("scale_at", "columns", "dots", "target_z", "in_place")),
         *((name, c.c_int) for name in INTEGERS),
         *((name, c.c_float) for name in ("scale", "softcap", "shift")),
         ("reserved", c.c_int),
@@ -41,7 +41,7 @@ class Params(c.Structure):
     )
 
 
-assert c.sizeof(Params) == 264
+assert c.sizeof(Params) == 272
 
 
 class Attribute(c.Structure):

@@ -285,6 +285,71 @@ KERNEL(stored_operands_bf16, StoredOperandsParams, 256) {
   else scale_row(p, block * 8 + (int)threadIdx.x / 32);
 }
 
+// A frequent token has hundreds of rows, and dW's epilogue would wait for one warp to walk their list: it finds their sum
+// instead. Lists of kLong entries begin in different windows of as many entries, and hold the last entry of theirs: each
+// warp looks up one window's, and the block sums what they find, 256 columns of it. A warp takes an eighth of a list, eight
+// rows in flight; the eighths are added in order. 8 KB of shared memory.
+KERNEL(sum_lists_bf16, SumListsParams, 256) {
+  constexpr int kLong = 16, kWarps = 8, kLoads = 4, kBatch = 8;
+  __shared__ int begin[kWarps], end[kWarps];
+  __shared__ float part[kWarps][64 * kLoads];
+  const ListTargetsParams& l = p.lists;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
+  if (lane == 0) {
+    const int window = kLong * (blockIdx.x * kWarps + warp), e = window + kLong - 1;
+    int first = 0, last = 0;
+    if (e < l.start[l.classes]) {
+      const int row = l.rows[e], c = l.by_slot ? l.target[row] : (int)p.ids[row];
+      first = l.start[c], last = l.start[c + 1];
+      if (first < window || last - first < kLong) first = last = 0;
+    }
+    begin[warp] = first, end[warp] = last;
+  }
+  __syncthreads();  // every window's list
+  const int column = blockIdx.y * (64 * kLoads) + 2 * lane;
+#pragma unroll 1
+  for (int w = 0; w < kWarps; w++) {
+    if (begin[w] == end[w]) continue;
+    const int share = (end[w] - begin[w] + kWarps - 1) / kWarps, first = begin[w] + warp * share;
+    const int last = min(first + share, end[w]);
+    float sum[2 * kLoads] = {};
+#pragma unroll 1
+    for (int at = first; at < last; at += 32) {
+      const int mine = min(at + lane, last - 1), entries = min(32, last - at), row = l.rows[mine];
+      const float g = l.values[mine];
+#pragma unroll 1
+      for (int k = 0; k < entries; k += kBatch) {
+        u32 x[kBatch][kLoads];
+#pragma unroll
+        for (int j = 0; j < kBatch; j++) {
+          const u16* from = (const u16*)p.source + __shfl_sync(kFullWarp, row, min(k + j, entries - 1)) * p.pitch;
+#pragma unroll
+          for (int i = 0; i < kLoads; i++) x[j][i] = __ldg((const u32*)(from + min(column + 64 * i, p.features - 2)));
+        }
+#pragma unroll
+        for (int j = 0; j < kBatch; j++) {
+          const float factor = __shfl_sync(kFullWarp, g, min(k + j, 31));
+          if (k + j >= entries) break;
+#pragma unroll
+          for (int i = 0; i < kLoads; i++) {
+            sum[2 * i] = fmaf(factor, __uint_as_float(x[j][i] << 16), sum[2 * i]);
+            sum[2 * i + 1] = fmaf(factor, __uint_as_float(x[j][i] & 0xffff0000u), sum[2 * i + 1]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kLoads; i++) part[warp][64 * (i / 2) + 2 * lane + i % 2] = sum[i];
+    __syncthreads();  // every warp's eighth
+    const int mine = blockIdx.y * (64 * kLoads) + threadIdx.x;
+    float total = 0.f;
+#pragma unroll
+    for (int v = 0; v < kWarps; v++) total += part[v][threadIdx.x];
+    if (mine < p.features) p.sums[(i64)(begin[w] / kLong) * p.features + mine] = total;
+    __syncthreads();  // read before the next list's eighths
+  }
+}
+
 namespace {
 
 // One warp a row of the target.

@@ -32,6 +32,8 @@ struct GemmParams {
   const int* onehot_start;   // dw: (m + 1) D[c] += sum of onehot_g[e] * onehot_w[onehot_rows[e]] over the entries
   const int* onehot_rows;    //     e from onehot_start[c] to onehot_start[c + 1]. null: nothing
                              // de: row i of the result goes to row onehot_rows[i] of D. null: to row i
+  const float* onehot_sums;  // dw: sums of lists of 16 entries or more (pitch n): that which begins at entry b is row
+                             //     b / 16. null: none was made
   const float* scale_at; // device: logit_scale; null: `scale`
   float* columns;       // gradient_sums: (m / 16, ldd) sums of D over 16 rows, or null
   float* dots;          // gradient_sums: (class blocks, ld_row) sums of D (E W^T) over a row's block, or null
@@ -51,7 +53,7 @@ struct GemmParams {
   int slice_rows;
   int early, head;      // dw: clusters with a head start, and tiles that each makes before the others join it
 };
-static_assert(sizeof(GemmParams) == 264, "mirror rust/gpu/src/params");
+static_assert(sizeof(GemmParams) == 272, "mirror rust/gpu/src/params");
 
 // -- shared pieces ---------------------------------------------------------------------------------------------------
 // Rows of a tensor (outer, inner, features) of any strides: row i is (i / inner, i % inner).
@@ -333,6 +335,17 @@ struct StoredOperandsParams {
   int reserved;
 };
 static_assert(sizeof(StoredOperandsParams) == 320, "mirror rust/gpu/src/params");
+
+// sum_lists: what the lists of stored_operands that are long add to their classes' rows of dW.
+struct SumListsParams {
+  ListTargetsParams lists;
+  const i64* ids;          // (rows) of the caller's classes
+  const void* source;      // bf16 rows that the lists name
+  i64 pitch;               // its elements a row
+  float* sums;             // (slots / 16 + 1, features): row b / 16 is that of the list which begins at entry b
+  int features, reserved;
+};
+static_assert(sizeof(SumListsParams) == 80, "mirror rust/gpu/src/params");
 
 // merge_rest: log(e^kept + e^rest), the whole of a row's rest from that of two sets of classes; and the entropy.
 struct MergeRestParams {

@@ -320,6 +320,33 @@ mod tests {
     }
 
     #[test]
+    fn beside_costs_what_is_left_of_the_work() {
+        let facts = Facts::h200();
+        let Some(dw) = choose(&facts, Operation::Dw, DType::Bf16, false, 8192, 1024) else {
+            return;
+        };
+        if !dw.by_maps() {
+            return;
+        }
+        let rows = 8192;
+        let clusters = (facts.multiprocessors / dw.tile.cluster) as usize;
+        for classes in [64, 4096, 8192, 12_544, 65_536] {
+            let shape = (classes, 1024, rows);
+            let alone = dw.cost(&facts, classes, 1024) * rows as f64;
+            let mut last = alone * 1.001;
+            for idle in [0, 2, 16, clusters - 1] {
+                let tile = dw.products(rows);
+                let found = dw.cost_beside(&facts, shape, Idle { clusters: idle, products: tile });
+                assert!(found <= last, "{classes} classes, {idle} idle: {found} of {alone}");
+                // Never less than the work that is left when all of the head start is used.
+                let work = dw.tiles(classes, 1024).saturating_sub(idle) as f64 / clusters as f64;
+                assert!(found >= (work - 1e-3) * tile);
+                last = found;
+            }
+        }
+    }
+
+    #[test]
     fn operations_are_listed_in_order() {
         for (index, operation) in Operation::ALL.into_iter().enumerate() {
             assert_eq!(operation as usize, index);

@@ -6,7 +6,7 @@
 use logitless_core::{DType, Spec, wanted};
 
 use crate::driver::Facts;
-use crate::params::FIXED_SLOTS;
+use crate::params::{FIXED_SLOTS, SumLists};
 use crate::plan::{Path, Plan, partials};
 use crate::product::choose;
 use crate::share::{Lends, Share};
@@ -413,6 +413,8 @@ pub(crate) struct FactorBuffers {
     pub ratio: usize,
     /// Where each class begins, rows, values.
     pub lists: [usize; 3],
+    /// Sums of long lists.
+    pub list_sums: usize,
 }
 
 impl FactorBuffers {
@@ -421,7 +423,9 @@ impl FactorBuffers {
         let [factor, input_factor, target_factor, ratio] = [plane(), plane(), plane(), plane()];
         let (rows, values) = (plane(), plane());
         let lists = [arena.take("targets", 4 * (g.classes + 1)), rows, values];
-        FactorBuffers { factor, input_factor, target_factor, ratio, lists }
+        let list_sums = 4 * (g.rows / SumLists::LONG + 1) * g.features;
+        let list_sums = arena.take("targets", list_sums);
+        FactorBuffers { factor, input_factor, target_factor, ratio, lists, list_sums }
     }
 }
 

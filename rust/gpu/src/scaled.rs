@@ -44,6 +44,11 @@ impl Scaled<'_> {
         self.call.input_matrix().filter(paired)
     }
 
+    /// The rows that lists name: of the input as it came, or else scaled.
+    fn source(&self) -> Matrix {
+        self.whole().unwrap_or(self.input)
+    }
+
     /// A device scalar, where factors are divided by them.
     fn scalar(&self, field: usize) -> usize {
         self.largest.map_or(0, |scalars| scalars + field)
@@ -95,7 +100,22 @@ impl Scaled<'_> {
             ..params::StoredOperands::new(factors, gather, lists)
         };
         // SAFETY: operands checked, buffers of the layouts.
-        unsafe { call.stream.launch("stored_operands_bf16", (params.blocks(), 1), 256, 0, &params) }
+        unsafe {
+            call.stream.launch("stored_operands_bf16", (params.blocks(), 1), 256, 0, &params)?;
+        }
+        let Some(lists) = lists else { return Ok(()) };
+        let source = self.source();
+        let sums = params::SumLists {
+            lists,
+            ids: call.targets().ids,
+            source: source.address,
+            pitch: source.row_stride,
+            sums: buffers.list_sums,
+            features: call.features as i32,
+            reserved: 0,
+        };
+        // SAFETY: as above.
+        unsafe { call.stream.launch("sum_lists_bf16", sums.grid(call.rows), 256, 0, &sums) }
     }
 
     /// Rows of the weight's gradient: Xᵀ (factor E), and the targets' part.
@@ -111,7 +131,7 @@ impl Scaled<'_> {
             ));
         }
         let operation = if out.dtype == call.dtype { Operation::Dw } else { Operation::DwF32 };
-        let source = self.whole().unwrap_or(self.input);
+        let source = self.source();
         let [start, rows, values] = self.buffers.lists;
         let epilogue = params::Gemm {
             count: self.list.count,
@@ -122,6 +142,7 @@ impl Scaled<'_> {
             onehot_g: values,
             onehot_start: start + 4 * kept.first,
             onehot_rows: rows,
+            onehot_sums: self.buffers.list_sums,
             m: kept.count as i32,
             n: call.features as i32,
             k: call.rows as i32,

@@ -1,9 +1,9 @@
 //! Which classes' exponentials a forward keeps for its backward, and in whose memory.
 //!
 //! A class that is kept costs three products (and, for an entropy's gradient, a pass over its
-//! exponentials), one that is not costs four. H200, N = 8192, lean's forward and backward to the three cuBLAS products, sustained, without
-//! and with what is kept: 1.35 and 1.21 (D = 4096, V = 128256), 1.36 and 1.26 (2304, 256000), 1.38 and
-//! 1.32 (1024, 65536), 1.37 and 1.33 (768, 50257), 1.35 and 1.05 (N = 2048, 4096, 128256).
+//! exponentials), one that is not costs four. H200, N = 8192, lean's forward and backward to the three
+//! cuBLAS products, sustained, without and with what is kept: 1.35 and 1.18 (D = 4096, V = 128256),
+//! 1.38 and 1.28 (1024, 65536), 1.35 and 1.19 (3072, 32064), 1.37 and 1.24 (768, 50257).
 //!
 //! Kept classes are cut into chunks, each a matrix X of (padded rows, width), in two strips:
 //!

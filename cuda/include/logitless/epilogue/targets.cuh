@@ -57,29 +57,50 @@ struct ClassTargets {
   static constexpr bool kAhead = true;
   static constexpr bool kPlaces = false;
 
+  // Lists of so many entries were summed beforehand (store.cu: sum_lists): a frequent token has
+  // hundreds of rows, and the tile would wait for the warp that walks them. The whole warp adds those
+  // sums (or makes them, where there are none), and all lists of a tile that reaches past the last
+  // column; shorter ones are for the quad whose class it is.
+  static constexpr int kSummed = 16;
+
+  // The entries of a class, and whether their sum is all that is needed.
+  struct List {
+    int first, last;
+    bool summed;
+  };
+  static __device__ __forceinline__ List list_of(const GemmParams& p, int row) {
+    const int first = __ldg(p.onehot_start + row), last = __ldg(p.onehot_start + row + 1);
+    return {first, last, p.onehot_sums && last - first >= kSummed};
+  }
+  static __device__ __forceinline__ const float* sum_of(const GemmParams& p, const List& list) {
+    return p.onehot_sums + static_cast<i64>(list.first / kSummed) * p.n;
+  }
+
   // Brings what `add` will read of the band into the L1 (lists) and the L2 (rows: a lane takes 128
-  // bytes of an entry's).
+  // bytes of an entry's, or every fourth 128 of a sum's).
   template <int kColumns>
   static __device__ __forceinline__ void ahead(const Band& band) {
     const GemmParams& p = band.p;
-    if (!p.onehot_start || band.row >= band.rows) return;
+    if (!p.onehot_start) return;
     const int part = 64 * (band.lane & 3), column = band.column + part;
-    const int last = __ldg(p.onehot_start + min(band.row + 16, band.rows));
-    if (part >= kColumns || column >= p.n) return;
 #pragma unroll 1
-    for (int e = __ldg(p.onehot_start + band.row) + band.lane / 4; e < last; e += 8)
-      ptx::prefetch(static_cast<const u16*>(p.onehot_w) +
-                    __ldg(p.onehot_rows + e) * p.onehot_ld + column);
+    for (int half = 0; half < 2; half++) {
+      if (!band.live(half)) return;
+      const List list = list_of(p, band.my_row(half));
+      if (list.summed) {
+        for (int at = 32 * (band.lane & 3); at < kColumns && band.column + at < p.n; at += 128)
+          ptx::prefetch(sum_of(p, list) + band.column + at);
+      } else if (part < kColumns && column < p.n) {
+        for (int e = list.first; e < list.last; e++)
+          ptx::prefetch(static_cast<const u16*>(p.onehot_w) +
+                        __ldg(p.onehot_rows + e) * p.onehot_ld + column);
+      }
+    }
   }
 
-  // Longer lists are summed by the whole warp: a frequent token has hundreds of rows, and one quad
-  // alone would take them at the pace of the L2's latency while the tile waits. So are all lists of
-  // a tile that reaches past the last column.
-  static constexpr int kLong = 8;
-
-  // Adds `entries` rows of the warp's 32 to its sums. kBatch rows are asked for before the first is
-  // used: one by one, hundreds of them would each wait for the L2, and the tile with them (250 us of
-  // 512). A tile that reaches past the last column takes them so.
+  // Adds rows e .. entries of the warp's 32 to its sums, as many whole batches as there are: rows of
+  // a batch are asked for before the first is used. A tile that reaches past the last column takes
+  // them one by one.
   template <class Half, int kColumns, int kBatch, bool kWhole>
   static __device__ __forceinline__ void add_entries(float (&sum)[kColumns / 32], const Band& band,
                                                      int column, int row, float g, int e,
@@ -117,12 +138,21 @@ struct ClassTargets {
                                                   int owner) {
     const GemmParams& p = band.p;
     const int quad = band.lane >> 2, column = band.my_column() + 8 * quad;
-    const int* start = p.onehot_start + band.row + owner;
-    const int last = __ldg(start + 1);
+    const List list = list_of(p, band.row + owner);
     float sum[kColumns / 32] = {};
+    if (list.summed) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 64; i++) {
+        if (column + 64 * i >= p.n) continue;
+        const float2 x =
+            __ldg(reinterpret_cast<const float2*>(sum_of(p, list) + column + 64 * i));
+        sum[2 * i] = x.x;
+        sum[2 * i + 1] = x.y;
+      }
+    }
 #pragma unroll 1
-    for (int first = __ldg(start); first < last; first += 32) {
-      const int mine = min(first + band.lane, last - 1), entries = min(32, last - first);
+    for (int first = list.first; first < list.last && !list.summed; first += 32) {
+      const int mine = min(first + band.lane, list.last - 1), entries = min(32, list.last - first);
       const int row = __ldg(p.onehot_rows + mine);
       const float g = __ldg(p.onehot_g + mine);
       int e = 0;
@@ -149,17 +179,15 @@ struct ClassTargets {
   static __device__ __forceinline__ void add(float (&acc)[kColumns / 2], const Band& band) {
     const GemmParams& p = band.p;
     if (!p.onehot_start) return;
-    const int most = band.ragged(kColumns) ? 0 : kLong;
+    const bool ragged = band.ragged(kColumns);
     u32 waiting = 0;  // bit 4 * quad + half
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int* start = p.onehot_start + band.my_row(half);
-      int e = band.live(half) ? __ldg(start) : 0;
-      const int last = band.live(half) ? __ldg(start + 1) : 0;
-      const bool is_long = last - e > most;
+      const List list = band.live(half) ? list_of(p, band.my_row(half)) : List{0, 0, false};
+      const bool is_long = list.last - list.first >= (ragged ? 1 : kSummed);
       waiting |= (__ballot_sync(kFullWarp, is_long) & 0x11111111u) << half;
       if (is_long) continue;
-      for (; e < last; e++)
+      for (int e = list.first; e < list.last; e++)
         add_row<Half, kColumns, true>(acc, band, half, __ldg(p.onehot_rows + e),
                                       __ldg(p.onehot_g + e));
     }

@@ -26,6 +26,7 @@ pub struct Gemm {
     pub onehot_ld: i64,
     pub onehot_start: usize,
     pub onehot_rows: usize,
+    pub onehot_sums: usize,
     pub scale_at: usize,
     pub columns: usize,
     pub dots: usize,
@@ -48,7 +49,7 @@ pub struct Gemm {
     pub early: i32,
     pub head: i32,
 }
-const _: () = assert!(size_of::<Gemm>() == 264);
+const _: () = assert!(size_of::<Gemm>() == 272);
 
 /// `plain_*`.
 #[derive(Clone, Copy, Debug, Default)]

@@ -90,6 +90,30 @@ impl StoredOperands {
     }
 }
 
+/// `sum_lists_bf16`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct SumLists {
+    pub lists: ListTargets,
+    pub ids: usize,
+    pub source: usize,
+    pub pitch: i64,
+    pub sums: usize,
+    pub features: i32,
+    pub reserved: i32,
+}
+const _: () = assert!(size_of::<SumLists>() == 80);
+
+impl SumLists {
+    /// Entries from which on a list has a sum of its own.
+    pub const LONG: usize = 16;
+
+    /// Its grid: a warp looks for a list in each 16 entries, a block sums 256 columns.
+    pub fn grid(&self, rows: usize) -> (usize, usize) {
+        (rows.div_ceil(8 * SumLists::LONG), (self.features as usize).div_ceil(256))
+    }
+}
+
 /// `merge_rest`.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
