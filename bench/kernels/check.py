@@ -4,7 +4,8 @@
 in, and must be nan past the last 16 bytes on the way out. ``--part 2/8`` takes the second kernel of
 every eight. ``--small`` is for the sanitizer (sanitize.sh): the least that meets every barrier more
 than once. One cluster of two CTAs makes every tile, so that each warpgroup has two, and six blocks
-of K go once around a ring of three to five stages.
+of K go once around a ring of three to five stages. ``--uniform`` has no targets: all warps of a
+warpgroup take the same body of an epilogue.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ class Case:
     listed: bool = False
     uneven: bool = False  # the first cluster makes the last two tiles first
     clusters: int | None = None  # None: as many as fit
+    targets: bool = True
 
     def __post_init__(self) -> None:
         m, n, k = self.extents
@@ -192,6 +194,8 @@ class Case:
         column[::7] = n + 5  # in another chunk
         target = column + FIRST_CLASS
         target[1::5] = -1  # none
+        if not self.targets:
+            target[:] = -1
         inside = (target >= 0) & (column < n)
         hot = torch.zeros(m, n, device=DEVICE, dtype=torch.bool)
         hot[torch.nonzero(inside).flatten(), column[inside]] = True
@@ -345,15 +349,19 @@ def check(kernels: Kernels, name: str, report: Report) -> None:
         Case(kernels, name, (1000, 1500, 136), report, listed=True).run()
 
 
-def check_small(kernels: Kernels, name: str, report: Report) -> None:
+def check_small(kernels: Kernels, name: str, report: Report, targets: bool) -> None:
     """One kernel for the sanitizer."""
     operation, by_maps = (kernels.table[name][key] for key in ("operation", "by_maps"))
-    Case(kernels, name, SMALL, report, clusters=1).run()
-    Case(kernels, name, SMALL, report, count=70, clusters=1).run()
+
+    def run(extents: tuple[int, int, int], **how: Any) -> None:
+        Case(kernels, name, extents, report, clusters=1, targets=targets, **how).run()
+
+    run(SMALL)
+    run(SMALL, count=70)
     if operation.startswith("dw") and by_maps:
-        Case(kernels, name, (600, 580, 136), report, uneven=True, clusters=1).run()
+        run((600, 580, 136), uneven=True)
     if operation in ("store_exp", "store_moment", "repair"):
-        Case(kernels, name, (600, 400, 136), report, listed=True, clusters=1).run()
+        run((600, 400, 136), listed=True)
 
 
 def check_beside(kernels: Kernels, de: str, dw: str, report: Report) -> None:
@@ -384,6 +392,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kernels", type=Path, required=True)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--uniform", action="store_true")
     parser.add_argument("--part", default="1/1", help="k/n: the k-th kernel of every n")
     parser.add_argument("substrings", nargs="*")
     arguments = parser.parse_args()
@@ -396,7 +405,10 @@ def main() -> None:
     ]
     part, parts = map(int, arguments.part.split("/"))
     for name in names[part - 1 :: parts]:
-        (check_small if arguments.small else check)(kernels, name, report)
+        if arguments.small:
+            check_small(kernels, name, report, not arguments.uniform)
+        else:
+            check(kernels, name, report)
     if not arguments.small and part == 1:
         halves = [name for name in names if kernels.table[name]["by_maps"]]
         for de in [name for name in halves if name.startswith("de_")]:

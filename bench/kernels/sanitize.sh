@@ -6,17 +6,19 @@
 #
 # racecheck sees generic shared-memory accesses, not those of TMA and wgmma, and is the slow one: let
 # several processes share the kernels.
-# synccheck counts 192 errors on a ping-pong kernel at 300 x 520 x 200: as many as there are arrivals
-# at the other CTA's barriers (12 CTAs x 4 warps x 4 k-blocks). It runs on kernels for clusters of
-# one, which are the same but for the peer: compile.py --cluster 1.
+# synccheck counts an error for each arrival at the other CTA's barriers: it runs on kernels for
+# clusters of one, which are the same but for the peer (compile.py --cluster 1). And it takes a barrier
+# for its instruction: warps of a warpgroup that wait for the same named barrier in two bodies of an
+# epilogue, one with a target in its rows and one without, are "divergent thread(s) in block". The
+# hardware counts by the barrier's number. So --uniform: no targets.
 set -euo pipefail
 pairs=$1
 single=$2
 shift 2
 for tool in ${TOOLS:-memcheck racecheck initcheck synccheck}; do
     echo "== $tool"
-    kernels=$pairs
-    [[ $tool == synccheck ]] && kernels=$single
+    kernels=$pairs uniform=()
+    [[ $tool == synccheck ]] && kernels=$single uniform=(--uniform)
     compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
-        python3 "$(dirname "$0")/check.py" --kernels "$kernels" --small "$@"
+        python3 "$(dirname "$0")/check.py" --kernels "$kernels" --small "${uniform[@]}" "$@"
 done
