@@ -55,12 +55,14 @@ struct Exceptions {
     constexpr int kNowhere = -(1 << 24);
     Exceptions e;
     bool mine = band.ragged(kColumns);
+    // Columns past the last one are another launch's classes, or none.
+    const unsigned columns = min(kColumns, band.p.n - band.column);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int y =
           band.p.target && band.live(half) ? __ldg(band.p.target + band.my_row(half)) : -1;
       const int offset = y - band.p.col0 - band.column;
-      const bool inside = y >= 0 && static_cast<unsigned>(offset) < kColumns;
+      const bool inside = y >= 0 && static_cast<unsigned>(offset) < columns;
       e.target[half] = inside ? offset - 2 * (band.lane & 3) : kNowhere;
       mine = mine || inside;
     }
