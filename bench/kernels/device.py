@@ -145,9 +145,7 @@ class Launch:
         transposed_b = transposed_a or kernel["operation"].startswith("de")
         self.keep = (a, b, d, fields)
         self.function = kernels.function(name)
-        group = max(
-            2048 // (kernel["m"] * kernel["cluster"]), 1
-        )  # as rust/gpu/src/product.rs
+        group = max(2048 // (kernel["m"] * kernel["cluster"]), 1)  # as rust/gpu/src/product.rs
         params = Params(m=m, n=n, k=k, group=group, scale=1.0, ld_row=m)
         params.a, params.b = a.data_ptr(), b.data_ptr()
         params.lda, params.ldb = a.stride(0), b.stride(0)
