@@ -1,9 +1,14 @@
-// store.cu - the row kernels of the stored mode: X = bf16(e^(z - reference) dz/dx) is kept from the forward to the backward.
+// store.cu - the row kernels of the stored mode: X = bf16(e^(z - reference) dz/dx) is kept from the
+// forward to the backward.
 //
-// A row's gradient of the logits is factor X off the target and g_target at it, with factor = g_rest e^(reference - rest).
-// X[y] is 0: what belongs to the targets is added in float, in the products' epilogues.
+// A row's gradient of the logits is factor X off the target and g_target at it, with factor =
+// g_rest e^(reference - rest). X[y] is 0: what belongs to the targets is added in float, in the
+// products' epilogues.
 //   dE = scale (factor (X W) + g_target W[y])
 //   dW = Xᵀ (scale factor E), and to row c scale g_target E of every row whose target is c
+//
+// Blocks of 256 threads, 20 to 100 registers, no spills; 17 KB of shared memory in the lists' role
+// of stored_operands, 8 in sum_lists.
 #include "logitless/common.cuh"
 #include "logitless/statistics/rest.cuh"
 
@@ -31,19 +36,23 @@ KERNEL(finish_repair, RepairParams, 256) {
   }
   const float rest = all.finish(), distance = fabsf(rest - p.reference[slot]);
   if (p.rest) p.rest[row_at(p.list, slot)] = rest;
-  // No class but the target: nothing to store, whatever the reference. Other rows that are not finite stay so.
+  // No class but the target: nothing to store, whatever the reference. Other rows that are not
+  // finite stay so.
   if (rest == -infinity()) p.reference[slot] = infinity();
-  else if (distance >= 59.f && fabsf(rest) < infinity()) p.reference[slot] = rest;  // a target at -inf too
+  else if (distance >= 59.f && fabsf(rest) < infinity())
+    p.reference[slot] = rest;  // a target at -inf too
 }
 
-// The distribution over two sets of classes: with shares p and q = 1 - p of them, its entropy is that of the shares and
-// the mean of the sets' own.
+// The distribution over two sets of classes: with shares p and q = 1 - p of them, its entropy is
+// that of the shares and the mean of the sets' own.
 KERNEL(merge_rest, MergeRestParams, 256) {
   const i64 row = blockIdx.x * 256ll + threadIdx.x;
   if (row >= p.list.total || (p.list.slots && p.list.slots[row] < 0)) return;
   const float a = p.kept[row], b = p.rest[row], high = fmaxf(a, b), low = fminf(a, b);
   // An infinite maximum is the result; a nan on either side stays.
-  const float rest = is_nan(a) || is_nan(b) ? a + b : fabsf(high) == infinity() ? high : high + log1pf(expf(low - high));
+  const float rest = is_nan(a) || is_nan(b)      ? a + b
+                     : fabsf(high) == infinity() ? high
+                                                 : high + log1pf(expf(low - high));
   p.rest[row] = rest;
   if (!p.entropy) return;
   const float log_p = a - rest, log_q = b - rest, share_p = expf(log_p), share_q = expf(log_q);
@@ -55,13 +64,14 @@ KERNEL(merge_rest, MergeRestParams, 256) {
 
 namespace {
 
-// One block a slot and 8192 classes, four loads in flight a thread. From X to dz: r (a + b t) off the target and e at it,
-// with t = ln X + reference - rest and r = e^t; b is 0 but for the entropy (kMoments). Normalised and flushed like the
-// tiles that the products make.
+// One block a slot and 8192 classes, four loads in flight a thread. From X to dz: r (a + b t) off
+// the target and e at it, with t = ln X + reference - rest and r = e^t; b is 0 but for the entropy
+// (kMoments). Normalised and flushed like the tiles that the products make.
 template <bool kMoments>
 __device__ __forceinline__ void stored_gradient(const StoredTileParams& p) {
   constexpr int kLoads = 4, kStep = 256 * 8;
-  const int slot = blockIdx.x, count = live_count(p.list), first = blockIdx.y * kLoads * kStep + threadIdx.x * 8;
+  const int slot = blockIdx.x, count = live_count(p.list),
+            first = blockIdx.y * kLoads * kStep + threadIdx.x * 8;
   if (slot >= zeroed_rows(count, p.ld_row)) return;
   const bf16* x = (const bf16*)p.x + slot * p.x_pitch;
   bf16* tile = (bf16*)p.tile + slot * p.tile_pitch;
@@ -105,7 +115,7 @@ KERNEL(stored_gradient_bf16, StoredTileParams, 256) {
   else stored_gradient<false>(p);
 }
 
-// -- operands of the backward -------------------------------------------------------------------------------------------
+// -- operands of the backward -------------------------------------------------------------------
 namespace {
 
 // What a row of X stands for.
@@ -124,16 +134,18 @@ __device__ __forceinline__ RowFactors factors_of(const FactorParams& p, int slot
   f.factor = g == 0.f || reference == infinity() ? 0.f : g * expf(reference - rest);
   f.at_target = p.g_target && valid ? p.g_target[row] : 0.f;
   if (f.at_target != 0.f) f.at_target *= softcap_slope(p.logits, row, p.softcap);
-  if (!valid) f.factor = not_a_number<float>();  // out of range (padding is not live): the row is nan, like its loss
-  // X spans e^+-60 around the reference: past a ratio of e^80 the row's own part of dW is below the last digit.
+  // Out of range (padding is not live): the row is nan, like its loss.
+  if (!valid) f.factor = not_a_number<float>();
+  // X spans e^+-60 around the reference: past a ratio of e^80 the row's own part of dW is below the
+  // last digit.
   constexpr float kLargest = 5e34f;
   f.passed = fabsf(f.at_target) > kLargest * fabsf(f.factor) ? f.at_target / kLargest : f.factor;
   f.ratio = f.at_target == 0.f ? 0.f : f.at_target / f.passed;
   return f;
 }
 
-// One warp a slot: its factors, and its row of the input times them. The row is asked for first. And a row of the input's
-// gradient that no product will write.
+// One warp a slot: its factors, and its row of the input times them. The row is asked for first.
+// And a row of the input's gradient that no product will write.
 __device__ __forceinline__ void scale_row(const StoredOperandsParams& p, int slot) {
   constexpr int kBatch = 4;
   const FactorParams& f = p.factors;
@@ -148,11 +160,13 @@ __device__ __forceinline__ void scale_row(const StoredOperandsParams& p, int slo
   if (slot >= count) {
     if (slot < zeroed_rows(count, g.padded))
       for (int d = lane; d < g.pitch; d += 32) out[d].bits = 0;
-    if (lane == 0 && slot < f.padded) f.factor[slot] = f.input_factor[slot] = f.target_factor[slot] = f.ratio[slot] = 0.f;
+    if (lane == 0 && slot < f.padded)
+      f.factor[slot] = f.input_factor[slot] = f.target_factor[slot] = f.ratio[slot] = 0.f;
     return;
   }
   const bf16* in = row_of<bf16>(g.source, row_at(f.list, slot));
-  const bool wide = g.source.feature_stride == 1 && is_aligned(in) && is_aligned(out) && g.features >= 8;
+  const bool wide =
+      g.source.feature_stride == 1 && is_aligned(in) && is_aligned(out) && g.features >= 8;
   const int whole = wide ? g.features / 8 : 0, last = whole - 1;
   Pack<bf16> x[kBatch];
   if (wide) {
@@ -160,7 +174,8 @@ __device__ __forceinline__ void scale_row(const StoredOperandsParams& p, int slo
     for (int j = 0; j < kBatch; j++) x[j] = ((const Pack<bf16>*)in)[min(lane + 32 * j, last)];
   }
   const RowFactors row = factors_of(f, slot);
-  const float scale = f.scale_at ? *f.scale_at : f.scale, inverse = f.scalars ? f.scalars->inverse : 1.f;
+  const float scale = f.scale_at ? *f.scale_at : f.scale,
+              inverse = f.scalars ? f.scalars->inverse : 1.f;
   const float outer = f.scalars ? inverse : scale, factor = outer * row.passed;
   if (lane == 0) {
     f.factor[slot] = inverse * row.passed;
@@ -182,20 +197,24 @@ __device__ __forceinline__ void scale_row(const StoredOperandsParams& p, int slo
     }
   }
   for (int d = 8 * whole + lane; d < g.pitch; d += 32)
-    out[d] = d < g.features ? Element<bf16>::from(factor * widen(in[d * g.source.feature_stride])) : bf16{0};
+    out[d] = d < g.features ? Element<bf16>::from(factor * widen(in[d * g.source.feature_stride]))
+                            : bf16{0};
 }
 
-// A block makes the lists of 512 classes: its warps count their shares of the slots, and write them where the counts say.
-// Integer counts only, and every warp goes through its share in order: the same lists every time. Targets are read 16
-// at a time, for one by one the block would wait for the L2 at every 32 slots; values are made of the cotangents at the
-// end, a thread an entry. 17 KB of shared memory.
+// A block makes the lists of 512 classes: its warps count their shares of the slots, and write them
+// where the counts say. Integer counts only, and every warp goes through its share in order: the
+// same lists every time. Targets are read 16 at a time, for one by one the block would wait for the
+// L2 at every 32 slots; values are made of the cotangents at the end, a thread an entry. 17 KB of
+// shared memory.
 __device__ __forceinline__ void list_targets(const StoredOperandsParams& p, int block) {
   constexpr int kClasses = 512, kWarps = 8, kBatch = 16;
-  __shared__ int cursor[kWarps][kClasses];  // counts, then where the warp's next entry of the class goes
+  // Counts, then where the warp's next entry of the class goes.
+  __shared__ int cursor[kWarps][kClasses];
   __shared__ int lower[kWarps], warp_total[kWarps];
   const ListTargetsParams& l = p.lists;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31, low = block * kClasses;
-  const int count = max(live_count(p.factors.list), 0), share = (count + 32 * kWarps - 1) / (32 * kWarps) * 32;
+  const int count = max(live_count(p.factors.list), 0),
+            share = (count + 32 * kWarps - 1) / (32 * kWarps) * 32;
   const int begin = min(warp * share, count), end = min(begin + share, count);
 #pragma unroll
   for (int i = 0; i < kClasses / 32; i++) cursor[warp][32 * i + lane] = 0;
@@ -233,7 +252,8 @@ __device__ __forceinline__ void list_targets(const StoredOperandsParams& p, int 
 #pragma unroll
   for (int c = 0; c < 2; c++) {
     const int i = 2 * threadIdx.x + c;
-    if (low + i <= l.classes) l.start[low + i] = at;  // one past the last class: the end of its list
+    // One past the last class: the end of its list.
+    if (low + i <= l.classes) l.start[low + i] = at;
     for (int w = 0; w < kWarps; w++) {
       const int mine = cursor[w][i];
       cursor[w][i] = at;
@@ -277,18 +297,19 @@ __device__ __forceinline__ void list_targets(const StoredOperandsParams& p, int 
 
 }  // namespace
 
-// What the backward's products read beside X. Two roles in one launch, for neither fills the device: the first blocks list
-// the slots by class, the others take a row a warp.
+// What the backward's products read beside X. Two roles in one launch, for neither fills the
+// device: the first blocks list the slots by class, the others take a row a warp.
 KERNEL(stored_operands_bf16, StoredOperandsParams, 256) {
   const int block = (int)blockIdx.x - p.list_blocks;
   if (block < 0) list_targets(p, blockIdx.x);
   else scale_row(p, block * 8 + (int)threadIdx.x / 32);
 }
 
-// A frequent token has hundreds of rows, and dW's epilogue would wait for one warp to walk their list: it finds their sum
-// instead. Lists of kLong entries begin in different windows of as many entries, and hold the last entry of theirs: each
-// warp looks up one window's, and the block sums what they find, 256 columns of it. A warp takes an eighth of a list, eight
-// rows in flight; the eighths are added in order. 8 KB of shared memory.
+// A frequent token has hundreds of rows, and dW's epilogue would wait for one warp to walk their
+// list: it finds their sum instead. Lists of kLong entries begin in different windows of as many
+// entries, and hold the last entry of theirs: each warp looks up one window's, and the block sums
+// what they find, 256 columns of it. A warp takes an eighth of a list, eight rows in flight; the
+// eighths are added in order. 8 KB of shared memory.
 KERNEL(sum_lists_bf16, SumListsParams, 256) {
   constexpr int kLong = 16, kWarps = 8, kLoads = 4, kBatch = 8;
   __shared__ int begin[kWarps], end[kWarps];
@@ -322,9 +343,11 @@ KERNEL(sum_lists_bf16, SumListsParams, 256) {
         u32 x[kBatch][kLoads];
 #pragma unroll
         for (int j = 0; j < kBatch; j++) {
-          const u16* from = (const u16*)p.source + __shfl_sync(kFullWarp, row, min(k + j, entries - 1)) * p.pitch;
+          const u16* from =
+              (const u16*)p.source + __shfl_sync(kFullWarp, row, min(k + j, entries - 1)) * p.pitch;
 #pragma unroll
-          for (int i = 0; i < kLoads; i++) x[j][i] = __ldg((const u32*)(from + min(column + 64 * i, p.features - 2)));
+          for (int i = 0; i < kLoads; i++)
+            x[j][i] = __ldg((const u32*)(from + min(column + 64 * i, p.features - 2)));
         }
 #pragma unroll
         for (int j = 0; j < kBatch; j++) {
@@ -364,13 +387,15 @@ __device__ __forceinline__ void unpack(const UnpackParams& p) {
   int d = lane;
   if (p.target.feature_stride == 1 && is_aligned(out) && slot >= 0) {
     const int whole = p.features / 8;
-    in_batches<4>(lane, 32, whole, [&](int i) { return ((const Pack<bf16>*)in)[i]; }, [&](int i, const Pack<bf16>& x) {
-      Pack<T> y = {};
-      if (p.accumulate) y = ((const Pack<T>*)out)[i];
+    in_batches<4>(
+        lane, 32, whole, [&](int i) { return ((const Pack<bf16>*)in)[i]; },
+        [&](int i, const Pack<bf16>& x) {
+          Pack<T> y = {};
+          if (p.accumulate) y = ((const Pack<T>*)out)[i];
 #pragma unroll
-      for (int j = 0; j < 8; j++) y.x[j] = sum(widen(x.x[j]), y.x[j]);
-      ((Pack<T>*)out)[i] = y;
-    });
+          for (int j = 0; j < 8; j++) y.x[j] = sum(widen(x.x[j]), y.x[j]);
+          ((Pack<T>*)out)[i] = y;
+        });
     d += whole * 8;
   }
   for (; d < p.features; d += 32) {
@@ -384,8 +409,9 @@ __device__ __forceinline__ void unpack(const UnpackParams& p) {
 KERNEL(unpack_rows_bf16, UnpackParams, 256) { unpack<bf16>(p); }
 KERNEL(unpack_rows_f32, UnpackParams, 256) { unpack<float>(p); }
 
-// -- the frozen head ----------------------------------------------------------------------------------------------------
-// dE_i = scale (v_i sums_i + g_i W[y]), v_i = g_rest e^(reference - rest): one rounding. One block a row of the input.
+// -- the frozen head ----------------------------------------------------------------------------
+// dE_i = scale (v_i sums_i + g_i W[y]), v_i = g_rest e^(reference - rest): one rounding. One block
+// a row of the input.
 namespace {
 
 template <class T>
@@ -396,13 +422,16 @@ __device__ __forceinline__ void frozen_rows(const FrozenParams& p) {
   i64 id = 0;
   if (slot >= 0) {
     const float scale = p.scale_at ? *p.scale_at : p.scale, reference = p.reference[slot];
-    const float g_rest = p.g_rest ? p.g_rest[row] : 0.f, g_target = p.g_target ? p.g_target[row] : 0.f;
+    const float g_rest = p.g_rest ? p.g_rest[row] : 0.f,
+                g_target = p.g_target ? p.g_target[row] : 0.f;
     id = p.targets.ids[row];
-    if (id < 0 || id >= p.targets.classes) {  // out of range (padding has no slot): the row is nan, like its loss
+    // Out of range (padding has no slot): the row is nan, like its loss.
+    if (id < 0 || id >= p.targets.classes) {
       v = not_a_number<float>();
       id = 0;
     } else {
-      if (g_rest != 0.f && reference != infinity()) v = scale * g_rest * expf(reference - p.rest[row]);
+      if (g_rest != 0.f && reference != infinity())
+        v = scale * g_rest * expf(reference - p.rest[row]);
       if (g_target != 0.f) g = scale * g_target * softcap_slope(p.logits, row, p.softcap);
     }
   }
@@ -429,9 +458,11 @@ __device__ __forceinline__ void frozen_rows(const FrozenParams& p) {
       const uint4 weights = __ldg((const uint4*)w + i);
       __align__(16) T y[8];
 #pragma unroll
-      for (int j = 0; j < 8; j++) y[j] = Element<T>::from(value(x[j], widen(((const bf16*)&weights)[j])));
+      for (int j = 0; j < 8; j++)
+        y[j] = Element<T>::from(value(x[j], widen(((const bf16*)&weights)[j])));
 #pragma unroll
-      for (int j = 0; j < (int)sizeof(T) / 2; j++) ((uint4*)out)[i * (sizeof(T) / 2) + j] = ((const uint4*)y)[j];
+      for (int j = 0; j < (int)sizeof(T) / 2; j++)
+        ((uint4*)out)[i * (sizeof(T) / 2) + j] = ((const uint4*)y)[j];
     }
     d += whole * 8;
   }
