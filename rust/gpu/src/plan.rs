@@ -322,12 +322,14 @@ fn path(spec: &Spec, dtype: DType, facts: &Facts, rows: usize, classes: usize) -
     if fused && available { path } else { Path::Tiled }
 }
 
-/// Lean's promise: a quarter of the gradients beside them, or 256 MiB.
+/// Lean's promise: a quarter of the gradients beside them, or 256 MiB. Out of it come what a loss
+/// has of its rows (statistics, cotangents, losses) and what an allocator rounds up: torch's leaves
+/// as much as a MiB of a block unsplit, of four blocks.
 pub(crate) fn lean_budget(g: &Geometry) -> usize {
     let gradient = |bit, bytes: usize| if g.gradients & bit != 0 { bytes } else { 0 };
     let gradients = gradient(wanted::INPUT, g.rows * g.features * g.dtype.size())
         + gradient(wanted::WEIGHT, g.classes * g.features * g.dtype.size());
-    (gradients / 4).max(256 << 20)
+    (gradients / 4).max(256 << 20).saturating_sub(32 * g.rows + (4 << 20))
 }
 
 #[cfg(test)]
