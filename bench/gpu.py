@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +112,12 @@ def overview(reports: list[Report]) -> None:
         print(f"{report['shape'][1]}, {report['shape'][2]:<8d}", *cells)
 
 
+def save(report: Report) -> None:
+    """Write what is known so far to the file that was asked for."""
+    if path := report["options"]["json"]:
+        Path(path).write_text(json.dumps(report, indent=1))
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -145,10 +152,9 @@ def main() -> None:
             report["shapes"].append(measure(shape, wanted, options))
             show(report["shapes"][-1])
             torch.cuda.empty_cache()
+            save(report)  # what was measured is kept, whatever happens to the next shape
         overview(report["shapes"])
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
+    save(report)
 
 
 if __name__ == "__main__":
