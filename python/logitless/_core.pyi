@@ -630,6 +630,59 @@ def cuda_cross_entropy_backward(
         What the forward wrote.
     """
 
+def cuda_policy_forward(
+    rest: _Tensor,
+    target: _Tensor,
+    rest_entropy: _Tensor,
+    ids: _Tensor,
+    ignore_index: int,
+    log_prob: _Tensor,
+    entropy: _Tensor,
+    device: int,
+    stream: int,
+) -> None:
+    """Enqueue log-probability and entropy of rows with one class id: one launch.
+
+    Parameters
+    ----------
+    rest, target, rest_entropy
+        Statistics of the rows, (N,), contiguous, float32 or float64.
+    ids
+        (N,), int64.
+    ignore_index
+        Both results are 0 in rows with this id.
+    log_prob, entropy
+        Outputs, like the statistics.
+    device, stream
+        As for `cuda_forward`.
+    """
+
+def cuda_policy_backward(
+    rest: _Tensor,
+    target: _Tensor,
+    rest_entropy: _Tensor,
+    ids: _Tensor,
+    ignore_index: int,
+    grad_log_prob: _Tensor | None,
+    grad_entropy: _Tensor | None,
+    d_rest: _Tensor,
+    d_target: _Tensor,
+    d_rest_entropy: _Tensor | None,
+    device: int,
+    stream: int,
+) -> None:
+    """Enqueue the cotangents of `cuda_policy_forward`'s statistics: one launch.
+
+    The other arguments are those of the forward.
+
+    Parameters
+    ----------
+    grad_log_prob, grad_entropy
+        Cotangents of its results, like the statistics; None counts as 0.
+    d_rest, d_target, d_rest_entropy
+        Outputs, like the statistics; the last may be None.
+    """
+
 def cuda_describable(weight: _Tensor) -> bool:
     """Tell whether tensor cores read a weight in place: what `cuda_plan` calls contiguous."""
 

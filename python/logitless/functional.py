@@ -15,7 +15,7 @@ from logitless._extras import torch
 from logitless.losses import _cross_entropy as rows
 from logitless.losses._reduce import check_denominator, masked, reduce
 from logitless.ops import cross_entropy as fused
-from logitless.ops import inputs
+from logitless.ops import inputs, policy
 from logitless.ops.row_statistics import row_statistics
 
 __all__ = [
@@ -269,6 +269,9 @@ def linear_log_prob(
         shift=shift,
         memory=memory,
     )
+    if entropy and policy.applies(s):
+        ignored = inputs.IGNORE_INDEX if ignore_index is None else ignore_index
+        return LogProb(*policy.log_prob_and_entropy(s, ignored))
     return LogProb(masked(s.log_prob, s.real), masked(s.entropy, s.kept) if entropy else None)
 
 

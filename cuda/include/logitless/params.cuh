@@ -425,6 +425,18 @@ struct LossParams {
 };
 static_assert(sizeof(LossParams) == 96, "mirror rust/gpu/src/params");
 
+// Log-probability and entropy from three statistics, and their cotangents. All in accumulators; rows contiguous.
+struct PolicyParams {
+  const void *rest, *target, *rest_entropy;  // (N)
+  const i64* ids;                            // (N)
+  void *log_prob, *entropy;                  // (N)
+  const void *g_log_prob, *g_entropy;        // (N) or null
+  void *g_rest, *g_target, *g_rest_entropy;  // (N); the last may be null
+  i64 ignore;                                // rows of this id have 0 of everything
+  i64 rows;
+};
+static_assert(sizeof(PolicyParams) == 104, "mirror rust/gpu/src/params");
+
 // -- tile.cu ---------------------------------------------------------------------------------------------------------
 // A tile of z (live rows, width) in accumulators: folded into each row's state, or turned into a tile of dz.
 struct TileParams {

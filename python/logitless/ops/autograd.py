@@ -14,7 +14,7 @@ from logitless.ops.call import BITS, WEIGHT, Call, Tensors, recomputing
 from logitless.ops.double_backward import double_backward
 from logitless.ops.loan import offer
 
-__all__ = ["gradient_mask", "in_forward_mode", "statistics", "wanted_bits"]
+__all__ = ["gradient_mask", "in_forward_mode", "plain", "statistics", "wanted_bits"]
 
 Tensor = torch.Tensor
 Optional = torch.Tensor | None
@@ -53,6 +53,15 @@ def statistics(call: Call, tensors: Tensors, grad_buffer: Optional = None) -> tu
 def in_forward_mode() -> bool:
     """Tell whether tensors may carry tangents, which must not be dropped silently."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def plain(*tensors: Optional) -> bool:
+    """Tell whether nothing but autograd follows the call: no tracer, transform or tangents."""
+    return (
+        not custom_ops.needed(*tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and not in_forward_mode()
+    )
 
 
 def wanted_bits(needs: tuple[bool, ...], grad_buffer: Optional) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from logitless._check import Geometry
 from logitless._extras import torch
-from logitless.ops import autograd, custom_ops, inputs, layout
+from logitless.ops import autograd, inputs, layout
 from logitless.ops import device as device_calls
 from logitless.ops.call import Call, Tensors, recomputing
 from logitless.ops.elementwise import margin, softplus
@@ -36,9 +36,7 @@ def applies(geometry: Geometry, *tensors: Optional) -> bool:
         and tensors[0] is not None
         and (tensors[0].is_cuda or tensors[0].is_cpu)
         and geometry.rows > 0
-        and not custom_ops.needed(*tensors)
-        and not torch._C._are_functorch_transforms_active()
-        and not autograd.in_forward_mode()
+        and autograd.plain(*tensors)
     )
 
 

@@ -21,6 +21,8 @@ __all__ = [
     "cross_entropy_forward",
     "forward",
     "plan",
+    "policy_backward",
+    "policy_forward",
 ]
 
 # `engine` makes the arguments of both; the CUDA calls take device, stream and scratch besides, and
@@ -140,15 +142,29 @@ def cross_entropy_backward(
         _CPU.cross_entropy_backward(*arguments, plan, torch.get_num_threads())
 
 
+def policy_forward(device: torch.device, *arguments: Any) -> None:
+    """Run `_core.cuda_policy_forward`; a CPU has no such call."""
+    _CUDA.cuda_policy_forward(*arguments, device.index, _stream(device))
+
+
+def policy_backward(device: torch.device, *arguments: Any) -> None:
+    """Run `_core.cuda_policy_backward`; a CPU has no such call."""
+    _CUDA.cuda_policy_backward(*arguments, device.index, _stream(device))
+
+
 def _launch(device: torch.device, plan: Any, scratch: torch.Tensor) -> tuple[Any, ...]:
     """Return the arguments of a CUDA call that follow those of the CPU's.
 
     The caller holds the scratch until the call returns: it then goes back to torch's allocator,
     which reuses it in stream order.
     """
+    return (plan, 0, device.index, _stream(device), torch_handle(scratch))
+
+
+def _stream(device: torch.device) -> int:
     # torch.cuda.current_stream makes an object of this number.
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    return (plan, 0, device.index, stream, torch_handle(scratch))
+    stream: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return stream
 
 
 def _index(device: torch.device) -> int:

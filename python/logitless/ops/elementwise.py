@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from logitless._extras import torch
 
-__all__ = ["logaddexp", "logsigmoid", "logsumexp", "margin", "softplus", "weighted"]
+__all__ = [
+    "entropy_with",
+    "logaddexp",
+    "logsigmoid",
+    "logsumexp",
+    "margin",
+    "softplus",
+    "weighted",
+]
 
 Tensor = torch.Tensor
 
@@ -44,3 +52,13 @@ def logsumexp(z: Tensor) -> Tensor:
 def weighted(p: Tensor, x: Tensor) -> Tensor:
     """Return p x; 0 with zero slope where p is 0, also if x is infinite."""
     return p * torch.where(p > 0, x, 0.0)
+
+
+def entropy_with(x: Tensor, rest_entropy: Tensor) -> Tensor:
+    """Return the entropy of one target and the classes of `rest_entropy`, x ahead of it in log.
+
+    H = h(p_R) + p_R H_R, with h the entropy of two, grouped so that every term is positive.
+    """
+    p_rest, p_target = torch.sigmoid(x), torch.sigmoid(-x)
+    both = weighted(p_rest, softplus(-x)) + weighted(p_target, softplus(x))
+    return both + p_rest * rest_entropy

@@ -10,7 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 from logitless._extras import torch
-from logitless.ops.elementwise import logaddexp, logsigmoid, logsumexp, margin, softplus, weighted
+from logitless.ops.elementwise import (
+    entropy_with,
+    logaddexp,
+    logsigmoid,
+    logsumexp,
+    margin,
+    softplus,
+    weighted,
+)
 from logitless.stats import Reading
 
 __all__ = ["RowStatistics"]
@@ -332,15 +340,12 @@ class RowStatistics:
         return self._log_share() + logsigmoid(self.target_lse - self.rest).unsqueeze(-1)
 
     def _entropy(self, rest_entropy: Tensor) -> Tensor:
-        # H = h(p_R) + p_R H_R + p_Y H_Y, grouped so that every term is positive.
-        ahead = self._core("rest", "entropy") - self.target_lse
-        behind = -ahead
-        p_rest, p_target = torch.sigmoid(ahead), torch.sigmoid(behind)
-        value = weighted(p_rest, softplus(behind)) + weighted(p_target, softplus(ahead))
-        value = value + p_rest * rest_entropy
-        if self._several:
+        ahead = margin(self._core("rest", "entropy"), self.target_lse)
+        value = entropy_with(ahead, rest_entropy)
+        if self._several:  # and p_Y H_Y
             log_q = torch.where(self._distinct(), self._log_share(), -torch.inf)
-            value = value + p_target * weighted(torch.exp(log_q), -log_q).sum(dim=-1)
+            among = weighted(torch.exp(log_q), -log_q).sum(dim=-1)
+            value = value + torch.sigmoid(-ahead) * among
         return value
 
     def _power_lse(self, rest_power: Tensor) -> Tensor:

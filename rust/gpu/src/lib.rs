@@ -10,7 +10,7 @@
 //! `params` the kernels' parameters · `product` one matrix product, on tensor cores where they fit,
 //! `choice` its kernel · `plan`, `share`, `partly` sizes, `layout` buffers · `forward`, `backward`,
 //! `keep`, `tiles`, `sums`, `stored`, `frozen` the compositions, `blocks` of rows where there are many ·
-//! `loss` a cross entropy of them · `info` what there is.
+//! `loss` a cross entropy of them, `policy` log-probability and entropy · `info` what there is.
 //!
 //! # Two paths
 //! *Fused*: statistics, or the gradient of the logits, are made in the epilogue of E Wᵀ.
@@ -37,6 +37,7 @@ mod loss;
 mod params;
 mod partly;
 mod plan;
+mod policy;
 mod product;
 mod scaled;
 mod share;
@@ -51,4 +52,5 @@ pub use forward::forward;
 pub use info::{DeviceInfo, Info, info, warm_up};
 pub use loss::{Kept, cross_entropy_backward, cross_entropy_forward};
 pub use plan::{Plan, describable, plan};
+pub use policy::{Policy, policy_backward, policy_forward};
 pub use share::{Lends, Outputs};

@@ -179,7 +179,13 @@ fn loss_params(
     })
 }
 
-fn check(argument: &'static str, tensor: &Tensor, dtype: DType, len: usize) -> Result<()> {
+/// Checks a contiguous tensor of so many elements.
+pub(crate) fn check(
+    argument: &'static str,
+    tensor: &Tensor,
+    dtype: DType,
+    len: usize,
+) -> Result<()> {
     tensor.expect_dtype(argument, &[dtype])?;
     tensor.expect_len(argument, len)?;
     Ok(tensor.expect_contiguous(argument)?)

@@ -287,6 +287,80 @@ fn kept(rest: TensorArg, target: TensorArg, share: TensorArg) -> gpu::Kept {
     gpu::Kept { saved: core::Saved { rest: rest.0, target: target.0 }, share: share.0 }
 }
 
+/// Log-probability of the targets and entropy of the rows, from statistics of (N,) each.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
+pub fn cuda_policy_forward(
+    py: Python<'_>,
+    rest: TensorArg,
+    target: TensorArg,
+    rest_entropy: TensorArg,
+    ids: TensorArg,
+    ignore_index: i64,
+    log_prob: TensorArg,
+    entropy: TensorArg,
+    device: usize,
+    stream: usize,
+) -> PyResult<()> {
+    let of = policy(rest, target, rest_entropy, ids, ignore_index);
+    // SAFETY: as in `cuda_forward`.
+    py.detach(|| unsafe { gpu::policy_forward(&of, &log_prob.0, &entropy.0, device, stream) })
+        .map_err(error)
+}
+
+/// Cotangents of the statistics that `cuda_policy_forward` read.
+#[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "the compiled interface is positional")]
+pub fn cuda_policy_backward(
+    py: Python<'_>,
+    rest: TensorArg,
+    target: TensorArg,
+    rest_entropy: TensorArg,
+    ids: TensorArg,
+    ignore_index: i64,
+    grad_log_prob: Option<TensorArg>,
+    grad_entropy: Option<TensorArg>,
+    d_rest: TensorArg,
+    d_target: TensorArg,
+    d_rest_entropy: Option<TensorArg>,
+    device: usize,
+    stream: usize,
+) -> PyResult<()> {
+    let of = policy(rest, target, rest_entropy, ids, ignore_index);
+    let [grad_log_prob, grad_entropy, d_rest_entropy] =
+        [grad_log_prob, grad_entropy, d_rest_entropy].map(|tensor| tensor.map(|t| t.0));
+    // SAFETY: as in `cuda_forward`.
+    py.detach(|| unsafe {
+        gpu::policy_backward(
+            &of,
+            grad_log_prob.as_ref(),
+            grad_entropy.as_ref(),
+            &d_rest.0,
+            &d_target.0,
+            d_rest_entropy.as_ref(),
+            device,
+            stream,
+        )
+    })
+    .map_err(error)
+}
+
+fn policy(
+    rest: TensorArg,
+    target: TensorArg,
+    rest_entropy: TensorArg,
+    ids: TensorArg,
+    ignore_index: i64,
+) -> gpu::Policy {
+    gpu::Policy {
+        rest: rest.0,
+        target: target.0,
+        rest_entropy: rest_entropy.0,
+        ids: ids.0,
+        ignore_index,
+    }
+}
+
 /// Whether tensor cores read a weight in place: what `cuda_plan` calls `contiguous`.
 #[pyfunction]
 pub fn cuda_describable(weight: TensorArg) -> bool {

@@ -25,7 +25,8 @@ mod _core {
     #[pymodule_export]
     use crate::cuda::{
         cuda_available, cuda_backward, cuda_cross_entropy_backward, cuda_cross_entropy_forward,
-        cuda_describable, cuda_forward, cuda_info, cuda_warm_up,
+        cuda_describable, cuda_forward, cuda_info, cuda_policy_backward, cuda_policy_forward,
+        cuda_warm_up,
     };
     #[pymodule_export]
     use crate::cuda_plan::{CudaPlan, cuda_plan};

@@ -87,3 +87,23 @@ pub struct Loss {
     pub mean: i32,
 }
 const _: () = assert!(size_of::<Loss>() == 96);
+
+/// `policy_*`.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Policy {
+    pub rest: usize,
+    pub target: usize,
+    pub rest_entropy: usize,
+    pub ids: usize,
+    pub log_prob: usize,
+    pub entropy: usize,
+    pub g_log_prob: usize,
+    pub g_entropy: usize,
+    pub g_rest: usize,
+    pub g_target: usize,
+    pub g_rest_entropy: usize,
+    pub ignore: i64,
+    pub rows: i64,
+}
+const _: () = assert!(size_of::<Policy>() == 104);
