@@ -86,7 +86,7 @@ def rivals(run: Report) -> list[str]:
             text = "" if times is None else f"{median(times):.2f} ms"
             cells.append(text if peak is None else f"{text}, {peak / 1024:.2f} GiB")
         lines.append(f"| {' | '.join(cells)} |")
-    reasons = {f"`{k}`: {v}" for report in shapes for k, v in report["missing"].items()}
+    reasons = {f"`{k}`: `{v}`" for report in shapes for k, v in report["missing"].items()}
     return [*lines, *(["", "Not there: " + "; ".join(sorted(reasons)) + "."] if reasons else [])]
 
 

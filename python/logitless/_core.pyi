@@ -28,6 +28,8 @@ __all__ = [
     "cuda_forward",
     "cuda_info",
     "cuda_plan",
+    "cuda_policy_backward",
+    "cuda_policy_forward",
     "cuda_warm_up",
     "forward",
     "get_num_threads",
