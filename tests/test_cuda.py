@@ -462,7 +462,7 @@ def test_sharded_head_on_one_gpu(tmp_path: Any) -> None:
         fully_shard(head)
         loss = head(x, y)
         loss.backward()
-        # While the backward of the first is to come, the second keeps nothing, and rounds elsewhere.
+        # The backward of the first is to come: the second keeps nothing, and rounds elsewhere.
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0.0)
         assert all(p.grad is not None for p in head.parameters())
         torch.distributed.destroy_process_group()
