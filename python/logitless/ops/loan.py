@@ -9,7 +9,8 @@ fit into lean's quarter of the gradients, or 256 MiB, nothing is recomputed.
 So a loan is good for one backward. A second one through the same graph recomputes everything, and
 so does whatever cannot know that the first is the last: torch.compile, torch.func, checkpointing
 and other hooks on saved tensors, and calls beside one whose backward is still to come (their loans
-together would be more than the gradients take).
+together would be more than the gradients take). What recomputes agrees to rounding with what does
+not, not to the last bit: a program that does the same gets the same bits.
 """
 
 from __future__ import annotations
