@@ -22,29 +22,8 @@ namespace {
 constexpr int kThreads = 1024;
 
 template <class T>
-__device__ __forceinline__ T exponential(T x);
-template <>
-__device__ __forceinline__ float exponential(float x) {
-  return expf(x);
-}
-template <>
-__device__ __forceinline__ double exponential(double x) {
-  return exp(x);
-}
-template <class T>
-__device__ __forceinline__ T log_of_one_plus(T x);
-template <>
-__device__ __forceinline__ float log_of_one_plus(float x) {
-  return log1pf(x);
-}
-template <>
-__device__ __forceinline__ double log_of_one_plus(double x) {
-  return log1p(x);
-}
-
-template <class T>
 __device__ __forceinline__ T softplus(T x) {
-  return x > T(40) ? x : log_of_one_plus(exponential(x));
+  return x > T(40) ? x : log1p(exp(x));
 }
 
 template <class T>
@@ -59,8 +38,8 @@ struct Row {
   }
   __device__ __forceinline__ T cross_entropy() const { return softplus(x); }
   // Probability of the other classes and of the target: neither is made as 1 less the other.
-  __device__ __forceinline__ T p_rest() const { return T(1) / (T(1) + exponential(-x)); }
-  __device__ __forceinline__ T p_target() const { return T(1) / (T(1) + exponential(x)); }
+  __device__ __forceinline__ T p_rest() const { return T(1) / (T(1) + exp(-x)); }
+  __device__ __forceinline__ T p_target() const { return T(1) / (T(1) + exp(x)); }
   __device__ __forceinline__ T loss(const LossParams& p) const {
     const T plain = cross_entropy();
     if (p.z_loss == 0.) return plain;
