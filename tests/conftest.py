@@ -107,3 +107,23 @@ def peak_bytes() -> Callable[[Callable[[], Any]], int]:
         return int(peak)
 
     return peak_bytes
+
+
+@pytest.fixture
+def capture() -> Callable[[Callable[[], Any]], tuple[Any, Any]]:
+    """Capture a step as a CUDA graph, after one on a stream of its own: the graph, its results."""
+
+    def capture(step: Callable[[], Any]) -> tuple[Any, Any]:
+        import torch
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        return graph, captured
+
+    return capture

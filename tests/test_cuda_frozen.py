@@ -182,21 +182,14 @@ def test_same_bits_twenty_times() -> None:
         assert all(torch.equal(a, b) for a, b in zip(bits, first, strict=True))
 
 
-def test_graph() -> None:
+def test_graph(capture: Any) -> None:
     e, w, _, y = make(384, 128, 2000)
 
     def step() -> tuple[Any, ...]:
         loss = LF.linear_cross_entropy(e, w, y)
         return (loss.detach(), *torch.autograd.grad(loss, [e]))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         e.mul_(0.5)
     graph.replay()

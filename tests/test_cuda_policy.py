@@ -163,7 +163,7 @@ def test_differentiable_twice(used: Any) -> None:
     assert all((a - b).norm() <= 1e-9 * b.norm() for a, b in pairs)
 
 
-def test_graph() -> None:
+def test_graph(capture: Any) -> None:
     e, w, y = make("bfloat16", (300,))
 
     def step() -> Any:
@@ -172,14 +172,7 @@ def test_graph() -> None:
         return [*(t.detach() for t in found), *torch.autograd.grad(total, (e, w))]
 
     expected = step()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for t in captured:
         t.zero_()
     graph.replay()
